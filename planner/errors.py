@@ -3,6 +3,7 @@
 PlannerError
 ├── InvalidInput            the caller's input is wrong: nothing was started
 │   ├── InvalidSpec         a field of a spec is wrong; ``field`` is its path
+│   │   └── TargetNotAllowed    it names user code that this machine's operator did not allow
 │   └── InvalidArgument     a flag, query parameter or header is wrong
 ├── ModelError              the user's model, loss, step or target cannot be built or run
 ├── NotFound                a job, plan or other record does not exist
@@ -54,6 +55,10 @@ class InvalidInput(PlannerError):
 
 class InvalidSpec(InvalidInput):
     code = "invalid_spec"
+
+
+class TargetNotAllowed(InvalidSpec):
+    code = "target_not_allowed"
 
 
 class InvalidArgument(InvalidInput):
