@@ -175,6 +175,8 @@ class Plan:
     created_at: datetime | None = None
     stored: bool = False
     """Read back from the store rather than worked out now."""
+    id: str | None = None
+    """Of the stored record; ``None`` before it was stored."""
 
     @property
     def gpu(self) -> str:
