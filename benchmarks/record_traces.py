@@ -9,8 +9,8 @@ runs, each in a fresh process with recording on before its first allocation:
 - ``training``: steps of a small network of convolutions and attention at changing batch sizes, bf16 autocast, AdamW.
 
 A run is ``{conf, fraction, total_memory_bytes, allowed_bytes, stats, events}``; an event is ``[action, address, bytes,
-stream]`` with PyTorch's own action names (``alloc`` carries the bytes asked for, streams are numbered in order of
-appearance).
+stream]`` with PyTorch's own action names (``alloc`` carries the bytes asked for; the stream is its handle, by whose value
+the allocator orders streams).
 Limits are derived from the peaks of the first setting (no limit), so that they force retries whatever the GPU.
 """
 
@@ -161,11 +161,7 @@ def record(workload: str, limit_bytes: int | None) -> dict[str, Any]:
     caught = synthetic() if workload == "synthetic" else training()
     stats = torch.cuda.memory_stats()
     trace = torch.cuda.memory._snapshot()["device_traces"][0]
-    streams: dict[int, int] = {0: 0}
-    events = []
-    for entry in trace:
-        stream = streams.setdefault(entry.get("stream", 0), len(streams))
-        events.append([entry["action"], entry.get("addr", 0), entry.get("size", 0), stream])
+    events = [[entry["action"], entry.get("addr", 0), entry.get("size", 0), entry.get("stream", 0)] for entry in trace]
     return {
         "workload": workload,
         "conf": os.environ.get("PYTORCH_ALLOC_CONF", ""),
