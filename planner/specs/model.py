@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -58,6 +59,10 @@ class ModelSpec:
     """transformers only: the AutoModelFor* family, e.g. ``causal-lm``."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of the config's defaults (transformers) or keyword arguments of the constructor (the others)."""
+
+    def arguments(self) -> dict[str, Any]:
+        """``config`` as a fresh copy, for a library that may change what it is given."""
+        return deepcopy(dict(self.config))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
