@@ -9,8 +9,8 @@ runs, each in a fresh process with recording on before its first allocation:
 - ``training``: steps of a small network of convolutions and attention at changing batch sizes, bf16 autocast, AdamW.
 
 A run is ``{conf, fraction, total_memory_bytes, allowed_bytes, stats, events}``; an event is ``[action, address, bytes,
-stream]`` with PyTorch's own action names (``alloc`` carries the bytes asked for; the stream is its handle, by whose value
-the allocator orders streams).
+stream]`` with PyTorch's own action names (``alloc`` carries the bytes asked for; the stream is its handle, by whose
+value the allocator orders streams).
 Limits are derived from the peaks of the first setting (no limit), so that they force retries whatever the GPU.
 """
 
