@@ -1,6 +1,6 @@
 """Optimizers that a spec can name: the classes of torch.optim in lower case, listed without importing torch.
 
-Argument names are checked against the class's signature where the optimizer is made, since they differ between versions.
+Argument names differ between versions of torch: they are checked where the optimizer is made, against its signature.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ OPTIMIZERS: tuple[str, ...] = (
 SGD_MOMENTUM = 0.9
 """The usual value (Krizhevsky et al. 2012); memory depends only on its being more than 0."""
 
+_OWN_STEP = "write that step yourself and name it in train.step"
+
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
-        "lbfgs": "it needs a closure that evaluates the model several times in one step; write that step yourself and name it in train.step",
-        "muon": "it takes only 2-D parameters, not a whole model; write a step that splits them and name it in train.step",
-        "sparseadam": "it takes only sparse gradients; write a step that splits the parameters and name it in train.step",
+        "lbfgs": f"it needs a closure that evaluates the model several times in one step; {_OWN_STEP}",
+        "muon": f"it takes only 2-D parameters, not those of a whole model; {_OWN_STEP}",
+        "sparseadam": f"it takes only sparse gradients, not those of a whole model; {_OWN_STEP}",
     }
-)  # fmt: skip
+)
 """Names of torch.optim that cannot optimize a whole model in a plain loop, each with the reason."""

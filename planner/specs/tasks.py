@@ -1,7 +1,7 @@
 """Tasks of ``source: transformers``: the AutoModelFor* family under the names that specs use.
 
-The list is that of ``transformers/models/auto/modeling_auto.py`` of transformers 5.17 (a test compares them). Whether a model
-type has a model for a task is the library's to say, when the model is built.
+The list is that of ``transformers/models/auto/modeling_auto.py`` of transformers 5.17 (a test compares them). Whether a
+model type has a model for a task is the library's to say, when the model is built.
 """
 
 from __future__ import annotations

@@ -1,0 +1,115 @@
+"""Spec files: YAML, JSON or TOML text to a mapping, with the line of whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from planner.errors import InvalidArgument, InvalidSpec, nearest
+
+MAX_FILE_BYTES = 1 << 20
+"""No honest spec is larger, and a wrong path (a checkpoint, a log) is not read into memory."""
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The mapping in the file at ``path``, in the format that its suffix names.
+
+    Raises ``InvalidArgument`` for a file that cannot be read, ``InvalidSpec`` for one whose text is malformed; the
+    file's name is the error's field.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InvalidArgument(
+            f"a spec is a file that ends in {', '.join(_READERS)}", field=str(path), suggestion=_neighbour(path)
+        )
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = error.strerror or type(error).__name__
+        raise InvalidArgument(reason, field=str(path), suggestion=_neighbour(path) if missing else None) from error
+    if len(content) > MAX_FILE_BYTES:
+        raise InvalidSpec(f"is larger than {MAX_FILE_BYTES} bytes", field=str(path))
+    try:
+        document = reader(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InvalidSpec(f"is not UTF-8 text (byte {error.start})", field=str(path)) from error
+    except RecursionError as error:
+        raise InvalidSpec("is nested too deep", field=str(path)) from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise InvalidSpec(_one_line(error), field=str(path)) from error
+    if document is None:
+        raise InvalidSpec("is empty", field=str(path))
+    if not isinstance(document, dict):
+        raise InvalidSpec("must hold a mapping with the keys model and data", field=str(path))
+    return document
+
+
+def _neighbour(path: Path) -> str | None:
+    """The spec in the same folder that was most likely meant."""
+    try:
+        names = [item.name for item in path.parent.iterdir() if item.suffix.lower() in _READERS]
+    except OSError:
+        return None
+    name = nearest(path.name, names)
+    return str(path.parent / name) if name else None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno}, column {error.colno}: {error.msg[:1].lower()}{error.msg[1:]}"
+    return " ".join(str(error).split())
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader that refuses a key given twice instead of silently keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                key = self.construct_object(key_node)
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} is given twice", key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} is given twice")
+        result[key] = value
+    return result
+
+
+def _read_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_distinct) if text.strip() else None
+
+
+def _read_toml(text: str) -> Any:
+    return tomllib.loads(text) or None
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    ".yaml": _read_yaml,
+    ".yml": _read_yaml,
+    ".json": _read_json,
+    ".toml": _read_toml,
+}
