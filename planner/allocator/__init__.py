@@ -1,0 +1,28 @@
+"""PyTorch's CUDA caching allocator as an exact model: what a sequence of allocations and frees makes it reserve.
+
+``replay(Events(order, sizes), parse_conf(text), capacity_bytes)`` gives peaks, retries and where memory ran out.
+"""
+
+from planner.allocator.caching import CachingAllocator, OutOfMemory
+from planner.allocator.config import (
+    AllocatorConfig,
+    conf_from_environment,
+    fraction_limit_bytes,
+    normalised_conf,
+    parse_conf,
+)
+from planner.allocator.replay import Events, OomEvent, ReplayResult, replay
+
+__all__ = [
+    "AllocatorConfig",
+    "CachingAllocator",
+    "Events",
+    "OomEvent",
+    "OutOfMemory",
+    "ReplayResult",
+    "conf_from_environment",
+    "fraction_limit_bytes",
+    "normalised_conf",
+    "parse_conf",
+    "replay",
+]

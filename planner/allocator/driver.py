@@ -1,0 +1,104 @@
+"""The CUDA driver's side of the allocator: segments, pages and where they lie in the address space."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from typing import Protocol
+
+from planner.units import MIB
+
+
+class AddressSpace(Protocol):
+    """Decides the addresses of segments. They matter only where two free blocks of equal size compete."""
+
+    def reserve(self, size: int) -> int: ...
+
+    def release(self, address: int, size: int) -> None: ...
+
+
+class TopDownAddresses:
+    """Addresses as cudaMalloc chose them in the recorded traces, once the holes of a young process are used up.
+
+    The driver reserves ranges of a multiple of 32 MiB, each below the one before (so the kernel's mmap places them),
+    and puts a segment at the lowest address of the free rests of earlier ranges that it fits in.
+    """
+
+    RANGE_BYTES = 32 * MIB
+
+    def __init__(self, top: int = 0x7F00_0000_0000) -> None:
+        self._bottom = top
+        self._free: list[tuple[int, int]] = []  # (address, bytes) of the rests, by address
+
+    def reserve(self, size: int) -> int:
+        index = next((index for index, (_, free) in enumerate(self._free) if free >= size), None)
+        if index is not None:
+            address, free = self._free.pop(index)
+        else:
+            free = -(-size // self.RANGE_BYTES) * self.RANGE_BYTES
+            self._bottom -= free
+            address = self._bottom
+        if free > size:
+            insort(self._free, (address + size, free - size))
+        return address
+
+    def release(self, address: int, size: int) -> None:
+        index = bisect_left(self._free, (address, 0))
+        if index < len(self._free) and self._free[index][0] == address + size:
+            size += self._free.pop(index)[1]
+        if index and sum(self._free[index - 1]) == address:
+            index -= 1
+            before, free = self._free.pop(index)
+            address, size = before, size + free
+        self._free.insert(index, (address, size))
+
+
+class Driver:
+    """Hands out device memory and counts it: what it has handed out is the allocator's ``reserved``.
+
+    ``device_bytes`` is the memory that there is for this process at all; ``None``: more than will be asked for.
+    """
+
+    def __init__(self, addresses: AddressSpace, device_bytes: int | None = None, *, log: bool = False) -> None:
+        self.addresses = addresses
+        self.device_bytes = device_bytes
+        self.reserved_bytes = 0
+        self.peak_reserved_bytes = 0
+        self.calls: list[tuple[str, int, int]] | None = [] if log else None
+        """Where kept: ``(action, address, bytes)`` of each call, by the action names of PyTorch's memory history."""
+
+    def allocate(self, size: int) -> int | None:
+        """cudaMalloc: the address of a new segment, or ``None`` when the device is full."""
+        if not self._fits(size):
+            return None
+        address = self.addresses.reserve(size)
+        self._took("segment_alloc", address, size)
+        return address
+
+    def free(self, address: int, size: int) -> None:
+        """cudaFree."""
+        self._gave("segment_free", address, size)
+        self.addresses.release(address, size)
+
+    def map(self, address: int, size: int) -> bool:
+        """cuMemCreate and cuMemMap of pages at ``address``; ``False`` when the device is full."""
+        if not self._fits(size):
+            return False
+        self._took("segment_map", address, size)
+        return True
+
+    def unmap(self, address: int, size: int) -> None:
+        self._gave("segment_unmap", address, size)
+
+    def _fits(self, size: int) -> bool:
+        return self.device_bytes is None or self.reserved_bytes + size <= self.device_bytes
+
+    def _took(self, action: str, address: int, size: int) -> None:
+        self.reserved_bytes += size
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        if self.calls is not None:
+            self.calls.append((action, address, size))
+
+    def _gave(self, action: str, address: int, size: int) -> None:
+        self.reserved_bytes -= size
+        if self.calls is not None:
+            self.calls.append((action, address, size))

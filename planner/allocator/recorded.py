@@ -1,0 +1,220 @@
+"""Allocator traces that PyTorch recorded on a GPU: read them, and check the model against them address by address."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from planner.allocator.caching import CachingAllocator, OutOfMemory
+from planner.allocator.config import AllocatorConfig
+from planner.allocator.driver import AddressSpace
+from planner.allocator.replay import Events
+from planner.errors import InvalidArgument
+
+RecordedEvent = tuple[str, int, int, int]
+"""``(action, address, bytes, stream)`` with the actions of PyTorch's memory history. The bytes of ``alloc`` and of the
+frees are those asked for; of ``segment_*`` those taken from or given to the driver; of ``oom`` the rounded request."""
+
+_DRIVER_CALLS = ("segment_alloc", "segment_free", "segment_map", "segment_unmap")
+
+
+def read_trace(path: Path) -> dict[str, Any]:
+    """A trace file (gzipped JSON). Raises ``InvalidArgument`` where it cannot be read."""
+    try:
+        trace: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+    except (OSError, EOFError, ValueError) as error:
+        raise InvalidArgument(f"{path} is not a trace: {error}", field="trace") from None
+    return trace
+
+
+def recorded_events(entries: Iterable[Sequence[Any]]) -> list[RecordedEvent]:
+    """The ``events`` of a trace file: lists ``[action, address, bytes, stream]``."""
+    return [(str(action), int(address), int(size), int(stream)) for action, address, size, stream in entries]
+
+
+def snapshot_events(snapshot: Mapping[str, Any], device: int = 0) -> list[RecordedEvent]:
+    """The history in ``torch.cuda.memory._snapshot()``, recorded from the process's first allocation on."""
+    return [
+        (entry["action"], int(entry.get("addr", 0)), int(entry.get("size", 0)), int(entry.get("stream", 0)))
+        for entry in snapshot["device_traces"][device]
+    ]
+
+
+def replayable(recorded: Iterable[RecordedEvent]) -> Events:
+    """What the program asked for, without what the allocator then did: to be replayed under other settings.
+
+    Requests that ran out of memory are left out. Raises ``InvalidArgument`` when a block is freed that was never
+    allocated: recording began after the first allocation.
+    """
+    order: list[int] = []
+    sizes: list[int] = []
+    streams: list[int] = []
+    live: dict[int, int] = {}
+    for action, address, size, stream in recorded:
+        if action == "alloc":
+            live[address] = len(sizes)
+            order.append(len(sizes))
+            sizes.append(size)
+            streams.append(stream)
+        elif action == "free_completed":
+            if address not in live:
+                message = f"the block at {address:#x} was freed but not allocated: record from the first allocation on"
+                raise InvalidArgument(message, field="trace")
+            order.append(~live.pop(address))
+    return Events(order, sizes, streams if any(streams) else None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """How the model's behaviour on a recorded trace agrees with what was recorded."""
+
+    num_allocs: int
+    num_same_address: int
+    """Blocks that the model put where the real allocator put them."""
+    num_driver_calls: int
+    num_same_driver_calls: int
+    """Calls of the driver with equal action, address and bytes, in the same request."""
+    num_ooms: int
+    num_same_ooms: int
+    """Requests that ran out of memory in both."""
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    num_alloc_retries: int
+    first_difference: str | None
+
+    @property
+    def exact(self) -> bool:
+        return self.first_difference is None
+
+
+def compare(
+    recorded: Sequence[RecordedEvent],
+    config: AllocatorConfig | None = None,
+    capacity_bytes: int | None = None,
+    *,
+    device_total_bytes: int | None = None,
+) -> Comparison:
+    """Run the model over a recorded trace, on the recorded segment addresses, and compare each step.
+
+    The model goes on from its own state after a difference, so the counts tell how far apart the two are.
+    """
+    addresses = _RecordedAddresses(recorded)
+    model = CachingAllocator(
+        config, capacity_bytes, device_total_bytes=device_total_bytes, addresses=addresses, log_driver_calls=True
+    )
+    calls = model.driver.calls
+    assert calls is not None
+    addresses.calls = calls
+    checked = _Checked()
+    where: dict[int, int] = {}  # recorded address of a live block -> the model's
+    expected: list[tuple[str, int, int]] = []
+    seen_calls = 0
+    deferred: set[int] = set()
+    for index, (action, address, size, stream) in enumerate(recorded):
+        if action in _DRIVER_CALLS:
+            expected.append((action, address, size))
+        elif action == "free_requested":
+            if _is_deferred(recorded, index):
+                model.free_later(where[address])
+                deferred.add(address)
+        elif action == "free_completed":
+            mine = where.pop(address)
+            if address in deferred:
+                deferred.discard(address)
+                model.complete_free(mine)
+            else:
+                model.free(mine)
+        elif action in ("alloc", "oom"):
+            try:
+                mine = model.malloc(size, stream)
+            except OutOfMemory:
+                checked.oom(index, expected=action == "oom")
+            else:
+                checked.alloc(index, address if action == "alloc" else None, mine)
+                if action == "alloc":
+                    where[address] = mine
+                else:
+                    model.free(mine)
+            checked.driver_calls(index, expected, calls[seen_calls:])
+            seen_calls = len(calls)
+            expected = []
+    return Comparison(
+        num_allocs=checked.num_allocs,
+        num_same_address=checked.num_same_address,
+        num_driver_calls=checked.num_driver_calls,
+        num_same_driver_calls=checked.num_same_driver_calls,
+        num_ooms=checked.num_ooms,
+        num_same_ooms=checked.num_same_ooms,
+        peak_allocated_bytes=model.peak_allocated_bytes,
+        peak_reserved_bytes=model.peak_reserved_bytes,
+        num_alloc_retries=model.num_alloc_retries,
+        first_difference=checked.first_difference,
+    )
+
+
+def _is_deferred(recorded: Sequence[RecordedEvent], index: int) -> bool:
+    """Whether the block whose free was requested stayed in use on another stream: its completion does not follow."""
+    following = recorded[index + 1] if index + 1 < len(recorded) else None
+    return following is None or following[:2] != ("free_completed", recorded[index][1])
+
+
+class _Checked:
+    """Tallies of what agreed, and the first thing that did not."""
+
+    def __init__(self) -> None:
+        self.num_allocs = self.num_same_address = 0
+        self.num_driver_calls = self.num_same_driver_calls = 0
+        self.num_ooms = self.num_same_ooms = 0
+        self.first_difference: str | None = None
+
+    def alloc(self, index: int, recorded: int | None, mine: int) -> None:
+        if recorded is None:
+            self.num_ooms += 1
+            self._differs(f"event {index}: ran out of memory, but the model found a block")
+            return
+        self.num_allocs += 1
+        if recorded == mine:
+            self.num_same_address += 1
+        else:
+            self._differs(f"event {index}: allocated at {recorded:#x}, by the model at {mine:#x}")
+
+    def oom(self, index: int, *, expected: bool) -> None:
+        self.num_ooms += 1
+        if expected:
+            self.num_same_ooms += 1
+        else:
+            self.num_allocs += 1
+            self._differs(f"event {index}: allocated, but the model ran out of memory")
+
+    def driver_calls(self, index: int, recorded: list[tuple[str, int, int]], mine: list[tuple[str, int, int]]) -> None:
+        self.num_driver_calls += len(recorded)
+        self.num_same_driver_calls += sum(a == b for a, b in zip(recorded, mine, strict=False))
+        if recorded != mine:
+            self._differs(f"event {index}: driver calls {recorded}, by the model {mine}")
+
+    def _differs(self, what: str) -> None:
+        if self.first_difference is None:
+            self.first_difference = what
+
+
+class _RecordedAddresses(AddressSpace):
+    """Gives each new segment of the model the address that the recorded one got."""
+
+    def __init__(self, recorded: Iterable[RecordedEvent]) -> None:
+        self._recorded = [event for event in recorded if event[0] in _DRIVER_CALLS]
+        self._beyond = 1 << 40  # for segments that were not recorded; no real address is that low
+        self.calls: list[tuple[str, int, int]] = []
+
+    def reserve(self, size: int) -> int:
+        index = len(self.calls)
+        if index < len(self._recorded) and self._recorded[index][0] in ("segment_alloc", "segment_map"):
+            return self._recorded[index][1]
+        self._beyond += size
+        return self._beyond - size
+
+    def release(self, address: int, size: int) -> None:
+        """The recorded addresses are what they are."""

@@ -1,0 +1,113 @@
+"""Replay a step's allocations and frees through the model of the caching allocator."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from planner.allocator.caching import CachingAllocator, OutOfMemory
+from planner.allocator.config import AllocatorConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """The allocations and frees of a program, compact enough for millions of them.
+
+    Blocks are numbered from 0. ``order`` holds ``i`` where block ``i`` is allocated and ``~i`` where it is freed, so a
+    trace at another batch size is the same ``order`` with other ``sizes``.
+    """
+
+    order: Sequence[int]
+    sizes: Sequence[int]
+    """Bytes asked for, by block; a block of 0 bytes is never seen by the allocator."""
+    streams: Sequence[int] | None = None
+    """Stream of each block; ``None``: all on the default stream, 0."""
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def live_after(self, index: int) -> list[int]:
+        """The blocks that are live after event ``index``, in the order of their allocation."""
+        live: dict[int, None] = {}
+        for event in self.order[: index + 1]:
+            if event >= 0:
+                live[event] = None
+            else:
+                del live[~event]
+        return list(live)
+
+
+@dataclass(frozen=True, slots=True)
+class OomEvent:
+    """Where a replay ran out of memory."""
+
+    index: int
+    """Of the event in ``Events.order``."""
+    block: int
+    error: OutOfMemory
+    """The figures that PyTorch's message states, in bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayResult:
+    """What the allocator did; bytes. After an OOM, up to the request that was refused."""
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    num_alloc_retries: int
+    oom: OomEvent | None
+    peak_allocated_index: int
+    """Event after which the peak of allocated bytes was first reached; -1 where nothing was allocated."""
+    allocated_timeline: Sequence[int] | None = None
+    """Allocated bytes after each event, where asked for."""
+    reserved_timeline: Sequence[int] | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.oom is None
+
+
+def replay(
+    events: Events,
+    config: AllocatorConfig | None = None,
+    capacity_bytes: int | None = None,
+    *,
+    device_bytes: int | None = None,
+    device_total_bytes: int | None = None,
+    timeline: bool = False,
+) -> ReplayResult:
+    """Replay ``events`` in a fresh allocator (parameters as of ``CachingAllocator``), up to an OOM if there is one."""
+    allocator = CachingAllocator(
+        config, capacity_bytes, device_bytes=device_bytes, device_total_bytes=device_total_bytes
+    )
+    malloc, free, sizes, streams = allocator.malloc, allocator.free, events.sizes, events.streams
+    addresses = [0] * len(sizes)
+    allocated_timeline, reserved_timeline = array("q"), array("q")
+    peak, peak_index = 0, -1
+    oom: OomEvent | None = None
+    index = -1
+    try:
+        for index, event in enumerate(events.order):
+            if event >= 0:
+                size = sizes[event]
+                if size:
+                    addresses[event] = malloc(size) if streams is None else malloc(size, streams[event])
+                    if allocator.allocated_bytes > peak:
+                        peak, peak_index = allocator.allocated_bytes, index
+            elif addresses[~event]:
+                free(addresses[~event])
+            if timeline:
+                allocated_timeline.append(allocator.allocated_bytes)
+                reserved_timeline.append(allocator.reserved_bytes)
+    except OutOfMemory as error:
+        oom = OomEvent(index, events.order[index], error)
+    return ReplayResult(
+        peak_allocated_bytes=allocator.peak_allocated_bytes,
+        peak_reserved_bytes=allocator.peak_reserved_bytes,
+        num_alloc_retries=allocator.num_alloc_retries,
+        oom=oom,
+        peak_allocated_index=peak_index,
+        allocated_timeline=allocated_timeline if timeline else None,
+        reserved_timeline=reserved_timeline if timeline else None,
+    )
