@@ -1,8 +1,8 @@
 """PyTorch's CUDA caching allocator, as an exact model in pure Python.
 
-Source: class DeviceCachingAllocator in c10/cuda/CUDACachingAllocator.cpp of torch 2.11 (without the private pools of CUDA
-graphs and user-made memory pools). Each method names the function that it models. Replaying a recorded trace on the
-recorded segment addresses gives the same address for every block.
+Source: class DeviceCachingAllocator in c10/cuda/CUDACachingAllocator.cpp of torch 2.11, without the private pools of CUDA
+graphs and without user-made memory pools. Each method names the function that it models. Replaying a recorded trace on
+the recorded segment addresses gives the same address for every block.
 """
 
 from __future__ import annotations
@@ -314,6 +314,4 @@ class CachingAllocator:
 def _size_when_grown(block: Block) -> int:
     """expandable_size: with the unmapped addresses behind the block."""
     following = block.next
-    return block.size + (
-        following.size if following is not None and following.state not in (FREE, USED, PENDING) else 0
-    )
+    return block.size + (following.size if following is not None and following.state == UNMAPPED else 0)

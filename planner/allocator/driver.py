@@ -17,17 +17,21 @@ class AddressSpace(Protocol):
 
 
 class TopDownAddresses:
-    """Addresses as cudaMalloc chose them in the recorded traces, once the holes of a young process are used up.
+    """Addresses as cudaMalloc chose them in the recorded traces, as far as they follow a rule.
 
-    The driver reserves ranges of a multiple of 32 MiB, each below the one before (so the kernel's mmap places them),
-    and puts a segment at the lowest address of the free rests of earlier ranges that it fits in.
+    A young process's first segments (330 to 690 MiB of them in the four traces) fill holes from the bottom up. Then the
+    driver reserves ranges of a multiple of 32 MiB, each below the one before (so the kernel's mmap places them), and
+    puts a segment at the lowest address of the free rests of earlier ranges that it fits in. With this policy the peaks
+    of all four traces come out exact, for any size of the hole from 300 to 600 MiB; with segments at random addresses
+    they are up to 0.5% off.
     """
 
     RANGE_BYTES = 32 * MIB
+    FIRST_HOLE_BYTES = 512 * MIB
 
     def __init__(self, top: int = 0x7F00_0000_0000) -> None:
         self._bottom = top
-        self._free: list[tuple[int, int]] = []  # (address, bytes) of the rests, by address
+        self._free = [(top, self.FIRST_HOLE_BYTES)]  # (address, bytes) of holes and rests, by address
 
     def reserve(self, size: int) -> int:
         index = next((index for index, (_, free) in enumerate(self._free) if free >= size), None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from planner.allocator.caching import CachingAllocator, OutOfMemory
 from planner.allocator.config import AllocatorConfig
+from planner.allocator.driver import AddressSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +76,16 @@ def replay(
     *,
     device_bytes: int | None = None,
     device_total_bytes: int | None = None,
+    addresses: AddressSpace | None = None,
     timeline: bool = False,
 ) -> ReplayResult:
     """Replay ``events`` in a fresh allocator (parameters as of ``CachingAllocator``), up to an OOM if there is one."""
     allocator = CachingAllocator(
-        config, capacity_bytes, device_bytes=device_bytes, device_total_bytes=device_total_bytes
+        config,
+        capacity_bytes,
+        device_bytes=device_bytes,
+        device_total_bytes=device_total_bytes,
+        addresses=addresses,
     )
     malloc, free, sizes, streams = allocator.malloc, allocator.free, events.sizes, events.streams
     addresses = [0] * len(sizes)
