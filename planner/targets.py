@@ -1,7 +1,7 @@
 """Which user code a spec names, and whether this machine's operator allows it to run.
 
-A spec that comes over the network is data. ``source: python``, a custom loss and a custom step make a worker import code
-that is already installed there; that happens only for targets under a prefix that the operator listed.
+A spec that comes over the network is data. ``source: python``, a custom loss and a custom step make a worker import
+code that is already installed there; that happens only for targets under a prefix that the operator listed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ def parse_prefixes(text: str) -> tuple[str, ...]:
 
 
 def is_allowed(target: str, prefixes: Iterable[str]) -> bool:
-    """Whether ``target``'s module is one of ``prefixes`` or inside one: ``my_project`` allows ``my_project.models:UNet``
-    and not ``my_project_two:UNet``."""
+    """Whether ``target``'s module is one of ``prefixes`` or inside one.
+
+    ``my_project`` allows ``my_project.models:UNet`` and not ``my_project_two:UNet``.
+    """
     module = target.partition(":")[0]
     return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
 

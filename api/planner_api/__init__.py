@@ -1,0 +1,1 @@
+"""The planner's HTTP service: jobs, preflight, plans and the pages that show them. Imports no torch."""

@@ -1,0 +1,165 @@
+"""The JSON that the service answers with, as OpenAPI shows it.
+
+Plans, trials and verdicts are written by ``planner.reports`` and ``planner.preflight``, the same for the CLI; the models
+here describe them and let further fields through.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from planner.jobs import Job, JobState
+
+Bytes = Annotated[int, Field(ge=0)]
+
+
+class VariantDocument(BaseModel):
+    """One combination of the sweep's axes."""
+
+    model_config = ConfigDict(extra="allow")
+
+    precision: str
+    checkpointing: str
+    compile: str
+
+
+class PlanDocument(BaseModel):
+    """The answer for one variant of one spec on one GPU type: as ``planner probe --json`` prints it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    variant: VariantDocument
+    gpu: str
+    capacity_bytes: Bytes
+    source: Literal["measured", "predicted"]
+    max_batch_size: int | None = Field(default=None, description="Of a search; 0 when not even one sample fits")
+    first_oom_batch_size: int | None = None
+    batch_size: int | None = Field(default=None, description="Of a question about one batch size")
+    fits: bool | None = Field(default=None, description="Of a question about one batch size")
+    certified: bool | None = Field(
+        default=None, description="Both batch sizes were run, each in a fresh process on a real GPU"
+    )
+    peak_allocated_bytes: Bytes | None = None
+    peak_reserved_bytes: Bytes | None = None
+    num_trials: int | None = None
+    trials: list[Any] | None = None
+
+
+class PlanPage(BaseModel):
+    plans: list[PlanDocument]
+    next_cursor: str | None = Field(default=None, description="`cursor` of the next page; null on the last one")
+
+
+class ErrorDocument(BaseModel):
+    """Why a job failed."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    message: str
+    field: str | None = None
+    suggestion: str | None = None
+
+
+class JobSummary(BaseModel):
+    """A job without its spec and plans, as lists show it."""
+
+    id: str
+    state: JobState
+    kind: str
+    name: str | None = Field(default=None, description="The spec's own label")
+    gpu: str | None
+    capacity_bytes: int | None
+    batch_size: int | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    attempt: int = Field(description="How many times a worker has claimed it")
+    worker: str | None
+    cancel_requested: bool
+
+
+class JobDocument(JobSummary):
+    spec: dict[str, Any] = Field(description="The spec document as it was sent")
+    fresh: bool
+    error: ErrorDocument | None
+    plans: list[PlanDocument] = Field(description="Answers; a cancelled or failed job keeps those that it finished")
+
+
+class JobPage(BaseModel):
+    jobs: list[JobSummary]
+    next_cursor: str | None = Field(default=None, description="`cursor` of the next page; null on the last one")
+
+
+class VerdictDocument(BaseModel):
+    """As ``planner preflight --json`` prints it."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class GpuDocument(BaseModel):
+    """One GPU type of the catalogue."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+
+
+class GpuList(BaseModel):
+    gpus: list[GpuDocument]
+
+
+class CapacityAnswer(BaseModel):
+    """What the stored plans say about one batch size of one variant on one GPU type under one capacity."""
+
+    gpu: str
+    capacity_bytes: Bytes
+    model: str
+    spec_hash: str
+    variant: VariantDocument
+    fits: bool | None = Field(description="null: the stored evidence does not reach this batch size")
+    evidence_batch_size: int | None = Field(description="The batch size that the answer rests on")
+    source: Literal["measured", "predicted"]
+    certified: bool
+    peak_reserved_bytes: Bytes | None = Field(description="At the evidence batch size")
+    samples_per_second: float | None
+
+
+class CapacityReport(BaseModel):
+    batch_size: int
+    fits_on: list[str] = Field(description="GPU types with at least one plan that fits")
+    answers: list[CapacityAnswer]
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+    version: str
+
+
+class Readiness(BaseModel):
+    status: Literal["ready"]
+    store: Literal["ok"]
+    dispatcher: Literal["alive", "none"] = Field(description="`none`: workers run elsewhere")
+
+
+def summary_fields(job: Job) -> dict[str, Any]:
+    """The fields of ``JobSummary``."""
+    name = job.request.spec.get("name")
+    return {
+        "id": job.id,
+        "state": job.state,
+        "kind": job.request.kind,
+        "name": name if isinstance(name, str) else None,
+        "gpu": job.request.gpu,
+        "capacity_bytes": job.request.capacity_bytes,
+        "batch_size": job.request.batch_size,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+        "attempt": job.attempt,
+        "worker": job.worker,
+        "cancel_requested": job.cancel_requested,
+    }
