@@ -39,7 +39,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def parse_text(content: bytes, suffix: str, *, field: str) -> dict[str, Any]:
-    """The mapping that ``content`` says in the format of files that end in ``suffix`` (``.yaml``, ``.json``, ``.toml``).
+    """The mapping that ``content`` says, in the format of files that end in ``suffix`` (``.yaml``, ``.json``, ...).
 
     Raises ``InvalidSpec`` for ``field`` when the text is malformed, empty or no mapping.
     """
@@ -93,7 +93,8 @@ class _Loader(_SafeLoader):  # type: ignore[misc]
                         None, None, f"the key {key!r} is given twice", key_node.start_mark
                     )
                 seen.add(key)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def _read_yaml(text: str) -> Any:
