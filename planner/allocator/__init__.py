@@ -12,17 +12,21 @@ from planner.allocator.config import (
     parse_conf,
 )
 from planner.allocator.replay import Events, OomEvent, ReplayResult, replay
+from planner.allocator.snapshot import BlockInfo, SegmentInfo, snapshot
 
 __all__ = [
     "AllocatorConfig",
+    "BlockInfo",
     "CachingAllocator",
     "Events",
     "OomEvent",
     "OutOfMemory",
     "ReplayResult",
+    "SegmentInfo",
     "conf_from_environment",
     "fraction_limit_bytes",
     "normalised_conf",
     "parse_conf",
     "replay",
+    "snapshot",
 ]

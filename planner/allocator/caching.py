@@ -1,8 +1,8 @@
 """PyTorch's CUDA caching allocator, as an exact model in pure Python.
 
-Source: class DeviceCachingAllocator in c10/cuda/CUDACachingAllocator.cpp of torch 2.11, without the private pools of CUDA
-graphs and without user-made memory pools. Each method names the function that it models. Replaying a recorded trace on
-the recorded segment addresses gives the same address for every block.
+Source: class DeviceCachingAllocator in c10/cuda/CUDACachingAllocator.cpp of torch 2.11, without the private pools of
+CUDA graphs and without user-made memory pools. Each method names the function that it models. Replaying a recorded
+trace on the recorded segment addresses gives the same address for every block.
 """
 
 from __future__ import annotations
@@ -111,6 +111,12 @@ class CachingAllocator:
     def requested_bytes(self) -> int:
         """Bytes that the live tensors asked for; the rest of ``allocated_bytes`` is rounding."""
         return sum(block.requested for block in self._used.values())
+
+    def blocks(self) -> list[Block]:
+        """Every block, in no order: used, waiting for another stream, cached, or without memory behind it."""
+        pools = [pool for kind in self._pools.values() for pool in kind.values()]
+        cached = [block for pool in pools for block in (*pool.blocks.values(), *pool.unmapped)]
+        return [*self._used.values(), *self._pending.values(), *cached]
 
     def malloc(self, size: int, stream: int = 0) -> int:
         """Address of a block for ``size`` bytes (more than 0) on ``stream``. Raises ``OutOfMemory``."""

@@ -19,6 +19,7 @@ RecordedEvent = tuple[str, int, int, int]
 """``(action, address, bytes, stream)`` with the actions of PyTorch's memory history. The bytes of ``alloc`` and of the
 frees are those asked for; of ``segment_*`` those taken from or given to the driver; of ``oom`` the rounded request."""
 
+_TAKING_CALLS = ("segment_alloc", "segment_map")
 _DRIVER_CALLS = ("segment_alloc", "segment_free", "segment_map", "segment_unmap")
 
 
@@ -119,15 +120,14 @@ def compare(
             expected.append((action, address, size))
         elif action == "free_requested":
             if _is_deferred(recorded, index):
-                model.free_later(where[address])
                 deferred.add(address)
+                if address in where:
+                    model.free_later(where[address])
         elif action == "free_completed":
-            mine = where.pop(address)
-            if address in deferred:
-                deferred.discard(address)
-                model.complete_free(mine)
-            else:
-                model.free(mine)
+            block = where.pop(address, None)  # None: the model ran out of memory there
+            if block is not None:
+                (model.complete_free if address in deferred else model.free)(block)
+            deferred.discard(address)
         elif action in ("alloc", "oom"):
             try:
                 mine = model.malloc(size, stream)
@@ -202,16 +202,22 @@ class _Checked:
 
 
 class _RecordedAddresses(AddressSpace):
-    """Gives each new segment of the model the address that the recorded one got."""
+    """Gives each new segment of the model the address that the recorded one got, as long as the two agree."""
 
     def __init__(self, recorded: Iterable[RecordedEvent]) -> None:
-        self._recorded = [event for event in recorded if event[0] in _DRIVER_CALLS]
+        self._recorded = [event[:3] for event in recorded if event[0] in _DRIVER_CALLS]
+        self._agreed = 0
         self._beyond = 1 << 40  # for segments that were not recorded; no real address is that low
         self.calls: list[tuple[str, int, int]] = []
+        """The calls of the model's driver so far."""
 
     def reserve(self, size: int) -> int:
         index = len(self.calls)
-        if index < len(self._recorded) and self._recorded[index][0] in ("segment_alloc", "segment_map"):
+        if self._agreed >= 0 and self.calls[self._agreed :] == self._recorded[self._agreed : index]:
+            self._agreed = index
+        else:
+            self._agreed = -1
+        if self._agreed >= 0 and index < len(self._recorded) and self._recorded[index][0] in _TAKING_CALLS:
             return self._recorded[index][1]
         self._beyond += size
         return self._beyond - size

@@ -88,7 +88,7 @@ def replay(
         addresses=addresses,
     )
     malloc, free, sizes, streams = allocator.malloc, allocator.free, events.sizes, events.streams
-    addresses = [0] * len(sizes)
+    where = [0] * len(sizes)
     allocated_timeline, reserved_timeline = array("q"), array("q")
     peak, peak_index = 0, -1
     oom: OomEvent | None = None
@@ -98,11 +98,11 @@ def replay(
             if event >= 0:
                 size = sizes[event]
                 if size:
-                    addresses[event] = malloc(size) if streams is None else malloc(size, streams[event])
+                    where[event] = malloc(size) if streams is None else malloc(size, streams[event])
                     if allocator.allocated_bytes > peak:
                         peak, peak_index = allocator.allocated_bytes, index
-            elif addresses[~event]:
-                free(addresses[~event])
+            elif where[~event]:
+                free(where[~event])
             if timeline:
                 allocated_timeline.append(allocator.allocated_bytes)
                 reserved_timeline.append(allocator.reserved_bytes)
