@@ -1,0 +1,97 @@
+"""A device that acts as a CUDA GPU for shapes, dtypes and autograd, and holds no bytes.
+
+PyTorch lets one out-of-tree backend be written in Python (the dispatch key ``PrivateUse1``). ``install`` registers it under
+the name ``vgpu``; tensors on it are fake (``torch._subclasses.FakeTensorMode``), so no kernel ever runs. It works in CPU and CUDA
+builds of torch and needs no compiler. It changes torch for the whole process and is therefore only installed in a child process
+that traces (``planner.virtual.child``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "vgpu"
+DISPATCH_KEY = "PrivateUse1"
+
+
+class _DeviceModule:
+    """What torch looks up as ``torch.vgpu``: the few functions that checkpointing, autocast and random state call."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.empty(16, dtype=torch.uint8)  # CUDA's too lives on the CPU: checkpointing saves no device bytes
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        pass
+
+    def device(self, device: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def synchronize(self, device: Any = None) -> None:
+        pass
+
+
+@functools.cache
+def install() -> torch.device:
+    """Register the backend in this process (once) and return its only device."""
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_DeviceModule())
+    torch.nn.Module._apply = _apply  # type: ignore[assignment]
+    # A parameter of fake tensors is a FakeTensor to ``type``; on CUDA the same parameter gets the foreach kernels.
+    importlib.import_module("torch.optim.optimizer")._foreach_supported_types.append(FakeTensor)
+    return torch.device(NAME, 0)
+
+
+def _apply(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:
+    """``torch.nn.Module._apply`` (torch/nn/modules/module.py) for parameters that cannot be moved in place.
+
+    torch moves a module from the CPU to CUDA by ``param.data = moved``, in this order: children, own parameters, own buffers.
+    Between other kinds of tensor it makes new parameters instead and unties those that were shared. Here each moved
+    parameter keeps its identity to every module that shares it: what was tied stays tied.
+    """
+    if recurse:
+        for child in self.children():
+            child._apply(fn)
+    for name, parameter in self._parameters.items():
+        if parameter is None:
+            continue
+        moved: torch.nn.Parameter | None = parameter.__dict__.get("_moved_to")
+        if moved is None:
+            with torch.no_grad():
+                data = fn(parameter)
+            if data is parameter:
+                continue
+            moved = torch.nn.Parameter(data, parameter.requires_grad)
+            parameter._moved_to = moved  # type: ignore[attr-defined]
+        self._parameters[name] = moved
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = fn(buffer)
+    return self

@@ -1,0 +1,142 @@
+"""Recording every birth and death of device memory below autograd while the real training step runs."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from planner.errors import ModelError
+from planner.virtual import values
+from planner.virtual.backend import NAME
+from planner.virtual.kernels import Kernels
+from planner.virtual.trace import Trace
+
+aten = torch.ops.aten
+# What a gradient that only the engine's buffer holds counts here, seen from inside a dispatch mode.
+_ENGINE_TENSOR_REFERENCES, _ENGINE_STORAGE_REFERENCES = 4, 2
+_ENGINE_FRAMES = 3  # this method, __torch_dispatch__ and torch's two wrappers around it: nothing else when the engine calls
+_ZERO = {torch.bool: False, torch.int64: 0, torch.int32: 0, torch.uint8: 0}
+_READS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    return func.namespace == "aten" and func not in _READS and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+class Recorder(TorchDispatchMode):
+    """Runs above ``FakeTensorMode``: sees each operator that a CUDA kernel would serve.
+
+    A storage on the virtual device is born with the operator that returns it first and dies when PyTorch frees it, which a weak
+    reference tells at the very moment. ``kernels`` adds what CUDA kernels allocate beyond their outputs.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.kernels = kernels
+        self._live: dict[int, Any] = {}
+        self._main = threading.get_ident()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # a question about the tensor (its device), not work
+            return func(*args, **kwargs)
+        if _is_composite(func):  # reached undecomposed, as in inference mode: its parts are what a kernel serves
+            with self:
+                return func.decompose(*args, **kwargs)
+        if func in _READS:
+            known = values.value_of(args[0])
+            if known is not None:
+                with unset_fake_temporarily():
+                    return known.item()
+            if args[0].device.type == NAME:
+                raise ModelError(
+                    "the model reads the value of a tensor that depends on its weights; the virtual GPU has no values there",
+                    field="model",
+                )
+            return _ZERO.get(args[0].dtype, 0.0)  # initialising weights on the CPU: their values cost no memory
+        if func is aten.add.Tensor and self._accumulates_in_place(args):
+            return args[0]
+        real = values.compute_values(func, args, kwargs)
+        if real is values.UNKNOWN:
+            values.forget_mutated(func, args, kwargs)
+        try:
+            outputs = func(*args, **kwargs)
+        except torch._subclasses.fake_tensor.DynamicOutputShapeException as error:
+            if real is values.UNKNOWN:
+                raise ModelError(
+                    f"the shape of {func}'s result depends on values that the virtual GPU does not have", field="model"
+                ) from error
+            outputs = torch.utils._pytree.tree_map(lambda item: torch.empty_like(item, device=args[0].device), real)
+        values.adopt_constants(outputs)
+        if real is not values.UNKNOWN:
+            values.attach_values(outputs, real)
+        self._record(func, args, kwargs, outputs)
+        return outputs
+
+    def _record(self, func: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+        leaves = (outputs,) if isinstance(outputs, torch.Tensor) else tree_leaves(outputs)
+        born: list[tuple[torch.UntypedStorage, int]] = []
+        touched = False
+        for item in leaves:
+            if isinstance(item, FakeTensor) and item.fake_device.type == NAME:
+                touched = True
+                storage = item.untyped_storage()
+                if storage.nbytes() and storage._cdata not in self._live and all(storage._cdata != other._cdata for other, _ in born):
+                    born.append((storage, storage.nbytes()))
+        if not touched and not self.kernels.writes_in_place(func, args):
+            return
+        name = func._schema.name
+        trace = self.trace
+        temporaries: list[int] = []
+        for kind, value in self.kernels.layout(func, args, kwargs, outputs, [size for _, size in born], self._thread()):
+            if kind == "output":
+                self._birth(*born[value], name)
+            elif kind == "free":
+                trace.free(temporaries.pop(value))
+            else:
+                block = trace.allocate(value, name)
+                if kind == "temporary":
+                    temporaries.append(block)
+        for block in reversed(temporaries):  # as their C++ owners go out of scope
+            trace.free(block)
+
+    def _accumulates_in_place(self, args: Any) -> bool:
+        """Whether this addition is the engine's, summing two gradients of one tensor, and CUDA would do it in place.
+
+        ``InputBuffer::accumulate`` (torch/csrc/autograd/input_buffer.cpp) adds in place when nobody else holds the first gradient; it
+        never does so for subclasses, which fake tensors are. The engine calls from its own thread with no Python below.
+        """
+        if threading.get_ident() == self._main or torch.is_grad_enabled() or len(args) != 2:
+            return False
+        first, second = args
+        if not isinstance(second, torch.Tensor) or first.shape != second.shape or first.dtype is not second.dtype:
+            return False
+        if sys._getframe(_ENGINE_FRAMES).f_back is not None:
+            return False
+        return (
+            first._use_count() <= _ENGINE_TENSOR_REFERENCES
+            and torch._C._storage_Use_Count(first.untyped_storage()._cdata) <= _ENGINE_STORAGE_REFERENCES
+        )
+
+    def _thread(self) -> str:
+        return "forward" if threading.get_ident() == self._main else "backward"
+
+    def _birth(self, storage: torch.UntypedStorage, size: int, name: str) -> None:
+        key = storage._cdata
+        block = self.trace.allocate(size, name)
+
+        def died(_: object) -> None:
+            self._live.pop(key, None)
+            self.trace.free(block)
+
+        self._live[key] = weakref.ref(storage, died)

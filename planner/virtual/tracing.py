@@ -1,0 +1,52 @@
+"""Running the training step on the virtual GPU and recording it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from planner.specs.model import Spec, Variant
+from planner.virtual import attention, autocast, backend
+from planner.virtual.kernels import Kernels
+from planner.virtual.recorder import Recorder
+from planner.virtual.trace import Trace
+
+
+def prepare(compute_capability: tuple[int, int]) -> torch.device:
+    """Install the virtual device in this process as a GPU of ``compute_capability``."""
+    device = backend.install()
+    autocast.install()
+    attention.install(compute_capability)
+    _show_values_to_transformers()
+    return device
+
+
+def trace_steps(spec: Spec, variant: Variant, batch_size: int, device: torch.device, *, num_steps: int = 3) -> Trace:
+    """Build the model, move it and take ``num_steps`` training steps, all without storage."""
+    from planner.training import Training, build_model
+
+    recorder = Recorder(Kernels())
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder:
+        model = build_model(spec)
+        recorder.trace.mark("move")
+        training = Training(spec, variant, model, device)
+        del model
+        for number in range(num_steps):
+            recorder.trace.mark(f"step {number + 1}")
+            training.step(batch_size)
+        recorder.trace.mark("end")
+    return recorder.trace
+
+
+def _show_values_to_transformers() -> None:
+    """Let transformers look at masks and positions as it does on a GPU.
+
+    It leaves shortcuts out (a causal mask that need not exist) where it sees a fake tensor, whose values it takes for unknown; here
+    the small ones are known (``planner.virtual.values``).
+    """
+    if importlib.util.find_spec("transformers") is not None:
+        library = importlib.import_module("transformers.utils.import_utils")
+        if hasattr(library, "is_fake_tensor"):
+            library.is_fake_tensor = lambda tensor: False

@@ -1,0 +1,90 @@
+"""Real values for the few small tensors that a model looks at.
+
+A fake tensor has no data, but models read some: position checks, masks, packed-sequence detection, ``.item()`` on a counter. Every
+tensor that follows from constants, ranges and random integers alone is therefore also computed for real on the CPU, beside its fake.
+Whatever depends on a weight or an activation has no value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._pytree import tree_leaves, tree_map
+
+UNKNOWN = object()
+_LIMIT = 1 << 20  # elements: ample for a batch of masks, little enough to compute in passing
+aten = torch.ops.aten
+
+_FACTORIES = {
+    packet
+    for name in """arange zeros ones full scalar_tensor randint eye linspace tril_indices triu_indices zeros_like ones_like full_like
+    new_zeros new_ones new_full randint_like randperm""".split()
+    if (packet := getattr(aten, name, None)) is not None
+}
+# The virtual GPU assumes that no gradient overflows, so this leaves ``found_inf`` as it was: zero.
+_KEEPS_VALUES = {aten._amp_foreach_non_finite_check_and_unscale_.default}
+
+
+def value_of(tensor: object) -> torch.Tensor | None:
+    """The tensor's real value on the CPU, or ``None`` where it is not known."""
+    if isinstance(tensor, FakeTensor):
+        return tensor.__dict__.get("_planner_value")
+    if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and type(tensor) is torch.Tensor:
+        return tensor
+    return None
+
+
+def set_value(tensor: torch.Tensor, value: torch.Tensor | None) -> None:
+    tensor.__dict__["_planner_value"] = value
+
+
+def compute_values(func: Any, args: Any, kwargs: Any) -> Any:
+    """The operator's result on the CPU where every input is known and small; else ``UNKNOWN``."""
+    tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
+    shape_only = func._overloadpacket in _FACTORIES
+    if not tensors and not shape_only:
+        return UNKNOWN
+    if not shape_only:
+        for item in tensors:
+            if item.numel() > _LIMIT or value_of(item) is None:
+                return UNKNOWN
+
+    def real(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            known = value_of(item)
+            return known if known is not None else torch.empty(item.shape, dtype=item.dtype)
+        if isinstance(item, torch.device):
+            return torch.device("cpu")
+        return item
+
+    with unset_fake_temporarily(), torch.no_grad():
+        return func(*tree_map(real, args), **tree_map(real, kwargs))
+
+
+def forget_mutated(func: Any, args: Any, kwargs: Any) -> None:
+    """Drop the values of tensors that ``func`` writes to from unknown inputs."""
+    if func in _KEEPS_VALUES or not func._schema.is_mutable:
+        return
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            for item in tree_leaves(given):
+                if isinstance(item, FakeTensor):
+                    set_value(item, None)
+
+
+def adopt_constants(outputs: Any) -> None:
+    """Take over what FakeTensorMode itself knows of ``torch.tensor(...)``: it would run operators on it for real, on any device."""
+    for item in tree_leaves(outputs):
+        if isinstance(item, FakeTensor) and item.constant is not None:
+            set_value(item, item.constant)
+            item.constant = None
+
+
+def attach_values(outputs: Any, values: Any) -> None:
+    """Tie the real results to their fakes."""
+    for fake, real in zip(tree_leaves(outputs), tree_leaves(values), strict=True):
+        if isinstance(fake, FakeTensor) and isinstance(real, torch.Tensor) and real.numel() <= _LIMIT:
+            set_value(fake, real)
