@@ -167,7 +167,7 @@ class EvidenceStore(Database):
         measured = func.count().filter(PlanRow.source == Source.MEASURED)
         query = select(PlanRow.gpu, measured, func.count()).group_by(PlanRow.gpu).order_by(PlanRow.gpu)
         with self._reading() as session:
-            rows = session.execute(query).tuples().all()
+            rows = session.execute(query).all()
         return tuple(GpuPlans(gpu=gpu, num_measured=some, num_predicted=every - some) for gpu, some, every in rows)
 
 

@@ -187,7 +187,7 @@ class JobStore(Database):
         """How many jobs are in each state; a state without jobs counts 0. Raises ``StoreError``."""
         query = select(JobRow.state, func.count()).group_by(JobRow.state)
         with self._reading() as session:
-            counts = dict(session.execute(query).tuples().all())
+            counts = dict(session.execute(query).all())
         return {state: counts.get(state, 0) for state in JobState}
 
 
