@@ -14,6 +14,8 @@ from planner.errors import InvalidArgument, InvalidSpec, nearest
 
 MAX_FILE_BYTES = 1 << 20
 """No honest spec is larger, and a wrong path (a checkpoint, a log) is not read into memory."""
+MAX_YAML_DEPTH = 100
+"""Far above what ``planner.specs.plain`` accepts, far below what a C stack holds."""
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -98,6 +100,15 @@ class _Loader(_SafeLoader):  # type: ignore[misc]
 
 
 def _read_yaml(text: str) -> Any:
+    depth = 0
+    # libyaml's composer recurses in C: text nested a few thousand levels deep would end the process, not raise.
+    for event in yaml.parse(text, Loader=_SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_YAML_DEPTH:
+                raise RecursionError
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
 
 
