@@ -14,7 +14,7 @@ from planner.errors import InvalidArgument, InvalidSpec, nearest
 
 MAX_FILE_BYTES = 1 << 20
 """No honest spec is larger, and a wrong path (a checkpoint, a log) is not read into memory."""
-MAX_YAML_DEPTH = 100
+MAX_TEXT_DEPTH = 100
 """Far above what ``planner.specs.plain`` accepts, far below what a C stack holds."""
 
 
@@ -105,7 +105,7 @@ def _read_yaml(text: str) -> Any:
     for event in yaml.parse(text, Loader=_SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
-            if depth > MAX_YAML_DEPTH:
+            if depth > MAX_TEXT_DEPTH:
                 raise RecursionError
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
@@ -126,6 +126,9 @@ def _read_json(text: str) -> Any:
 
 
 def _read_toml(text: str) -> Any:
+    # tomllib's memory grows with the square of a dotted key's length.
+    if any(line.partition("=")[0].count(".") > MAX_TEXT_DEPTH for line in text.splitlines()):
+        raise RecursionError
     return tomllib.loads(text) or None
 
 
