@@ -17,7 +17,7 @@ from planner.store.engine import Database
 from planner.store.ids import new_id
 from planner.store.pages import GpuPlans, Page, PlanFilter, StoredTrial, check_page, check_text, make_page
 from planner.store.schema import Base, EnvironmentRow, Evidence, PlanRow, PlanTrialRow, SpecRow, TrialRow
-from planner.trials import Environment, Plan, PlanStatus, Source, Trial
+from planner.trials import Environment, Outcome, Plan, PlanStatus, Source, Trial
 
 
 class EvidenceStore(Database):
@@ -169,6 +169,13 @@ class EvidenceStore(Database):
         with self._reading() as session:
             rows = session.execute(query).all()
         return tuple(GpuPlans(gpu=gpu, num_measured=some, num_predicted=every - some) for gpu, some, every in rows)
+
+    def count_trials(self) -> dict[tuple[Source, Outcome], int]:
+        """How many trials ended how, by the kind of evidence. Raises ``StoreError``."""
+        query = select(TrialRow.source, TrialRow.outcome, func.count()).group_by(TrialRow.source, TrialRow.outcome)
+        with self._reading() as session:
+            rows = session.execute(query).all()
+        return {(Source(source), Outcome(outcome)): count for source, outcome, count in rows}
 
 
 def _work(row: type[PlanRow | TrialRow], spec_hash: str, variant: Variant) -> list[ColumnElement[bool]]:

@@ -164,6 +164,22 @@ class JobStore(Database):
             _end(session, row, state, self._now(session), error=error)
             return convert.job_of(row)
 
+    def release_job(self, claim: Claim) -> Job:
+        """Give a claimed job back to the queue at once, as a worker does that is told to stop; the attempt is not
+        counted.
+
+        A job whose cancellation was requested ends instead. Raises ``Conflict`` when the claim is void,
+        ``StoreError``.
+        """
+        with self._writing() as session:
+            row = _claimed(session, claim)
+            if row.cancel_requested:
+                _end(session, row, JobState.CANCELLED, self._now(session))
+            else:
+                row.state, row.attempt, row.worker, row.lease_until = JobState.QUEUED, row.attempt - 1, None, None
+                _add_state_event(session, row)
+            return convert.job_of(row)
+
     def cancel_job(self, job_id: str) -> Job:
         """Cancel a job that waits (or whose worker fell silent) at once; ask the worker of a running one to stop.
 
