@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from planner.allocator import Events, parse_conf, replay
-from planner.allocator.recorded import read_trace, recorded_events, replayable
+from planner.allocator.recorded import read_runs, replayable
 
 TRACES = Path(__file__).parents[1] / "tests" / "golden" / "traces"
 
@@ -49,20 +49,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
-    traces = {
-        path.name.removesuffix(".trace.json.gz"): read_trace(path) for path in sorted(TRACES.glob("*.trace.json.gz"))
-    }
-    cases = {name: trace for name, trace in traces.items() if "peak" in trace}
+    runs = [run for path in sorted(TRACES.glob("*.trace.json.gz")) for run in read_runs(path)]
     print(f"{'case':28} {'events':>8} {'events/s':>10} {'bound':>10} {'of bound':>9}")
-    largest, most = None, 0
-    for name, trace in cases.items():
-        events = replayable(recorded_events(trace["events"]))
+    largest, reserved = Events([], []), 0
+    for run in runs:
+        events = replayable(run.events)
         speed, limit = events_per_second(events, replay, repeats), events_per_second(events, bound, repeats)
-        print(f"{name:28} {len(events):8} {speed:10.0f} {limit:10.0f} {speed / limit:9.1%}")
-        if len(events) > most:
-            largest, most = (events, trace["peak"]["reserved"]), len(events)
-    assert largest is not None
-    events, reserved = largest
+        print(f"{run.name:28} {len(events):8} {speed:10.0f} {limit:10.0f} {speed / limit:9.1%}")
+        if len(events) > len(largest) and run.capacity_bytes is None:
+            largest, reserved = events, run.peak_reserved_bytes
+    events = largest
     for conf, share in (
         ("", 1.0),
         ("expandable_segments:True", None),

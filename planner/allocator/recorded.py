@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.allocator.caching import CachingAllocator, OutOfMemory
-from planner.allocator.config import AllocatorConfig
+from planner.allocator.config import AllocatorConfig, parse_conf
 from planner.allocator.driver import AddressSpace
 from planner.allocator.replay import Events
 from planner.errors import InvalidArgument
@@ -23,17 +23,69 @@ _TAKING_CALLS = ("segment_alloc", "segment_map")
 _DRIVER_CALLS = ("segment_alloc", "segment_free", "segment_map", "segment_unmap")
 
 
-def read_trace(path: Path) -> dict[str, Any]:
-    """A trace file (gzipped JSON). Raises ``InvalidArgument`` where it cannot be read."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedRun:
+    """One process's allocator history, with the settings that it ran under and PyTorch's own figures at its end."""
+
+    name: str
+    events: Sequence[RecordedEvent]
+    config: AllocatorConfig
+    capacity_bytes: int | None
+    device_total_bytes: int | None
+    """``None``: not recorded; it only matters to expandable segments."""
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    num_alloc_retries: int
+    num_ooms: int
+
+    def compare(self) -> Comparison:
+        """The model's behaviour under the recorded settings, step by step (see ``compare``)."""
+        return compare(self.events, self.config, self.capacity_bytes, device_total_bytes=self.device_total_bytes)
+
+
+def read_runs(path: Path) -> list[RecordedRun]:
+    """The runs in a trace file (gzipped JSON): one, or those of ``benchmarks/record_traces.py``.
+
+    Raises ``InvalidArgument`` where the file cannot be read or is none.
+    """
     try:
         trace: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError) as error:
-        raise InvalidArgument(f"{path} is not a trace: {error}", field="trace") from None
-    return trace
+        if "runs" in trace:
+            return [_run_under_settings(f"{trace['setting']}/{run['workload']}", run) for run in trace["runs"]]
+        return [_run_by_default(trace)]
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise InvalidArgument(f"{path} is not a trace: {error!r}", field="trace") from None
 
 
-def recorded_events(entries: Iterable[Sequence[Any]]) -> list[RecordedEvent]:
-    """The ``events`` of a trace file: lists ``[action, address, bytes, stream]``."""
+def _run_by_default(trace: Mapping[str, Any]) -> RecordedRun:
+    return RecordedRun(
+        name=trace["case"],
+        events=_events(trace["events"]),
+        config=AllocatorConfig(),
+        capacity_bytes=None,
+        device_total_bytes=None,
+        peak_allocated_bytes=trace["peak"]["alloc"],
+        peak_reserved_bytes=trace["peak"]["reserved"],
+        num_alloc_retries=0,
+        num_ooms=0,
+    )
+
+
+def _run_under_settings(name: str, run: Mapping[str, Any]) -> RecordedRun:
+    return RecordedRun(
+        name=name,
+        events=_events(run["events"]),
+        config=parse_conf(run["conf"]),
+        capacity_bytes=run["allowed_bytes"],
+        device_total_bytes=run["total_memory_bytes"],
+        peak_allocated_bytes=run["stats"]["allocated_bytes.all.peak"],
+        peak_reserved_bytes=run["stats"]["reserved_bytes.all.peak"],
+        num_alloc_retries=run["stats"]["num_alloc_retries"],
+        num_ooms=run["stats"]["num_ooms"],
+    )
+
+
+def _events(entries: Iterable[Sequence[Any]]) -> list[RecordedEvent]:
     return [(str(action), int(address), int(size), int(stream)) for action, address, size, stream in entries]
 
 
