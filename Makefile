@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 SPEC ?= examples/gpt2.yaml
-# GPU type to plan for. Empty: this machine's GPU where there is one, else a virtual h200.
+# GPU type to plan for. Empty: the planner takes this machine's GPU where there is one, else a virtual h200, and says so.
 GPU ?=
 # Processes that run tests at the same time, and further arguments for pytest: make test ARGS="-k search".
 JOBS ?= 2
@@ -23,11 +23,7 @@ help: ## Show this list
 setup: $(READY) ## Create .venv and install the pinned versions into it
 
 probe: $(READY) ## Plan examples/gpt2.yaml (SPEC=... GPU=...), print the plans and store them
-	@gpu="$(GPU)"; \
-	if [ -z "$$gpu" ] && ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then \
-	  gpu=h200; echo "No CUDA GPU here: planning on a virtual $$gpu (make probe GPU=... for another type)."; \
-	fi; \
-	$(BIN)/planner probe "$(SPEC)" $${gpu:+--gpu "$$gpu"}
+	@$(BIN)/planner probe "$(SPEC)" $(if $(GPU),--gpu "$(GPU)")
 
 test: $(READY) browser ## Run every test that needs no GPU (ARGS=... for pytest)
 	@echo "Running the tests on $(JOBS) processes ..."

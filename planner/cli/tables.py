@@ -1,0 +1,112 @@
+"""The final tables: what a person reads on standard output. Numbers are never cut off: narrow terminals fold words.
+
+Plans are JSON data here (``planner.reports.plan_dict``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from planner.cli import wording
+from planner.cli.terminal import print_lines
+from planner.units import format_bytes
+
+NARROW = 104
+"""Columns below which cells stack their words and the gaps between columns shrink to one."""
+
+
+def plain_table(console: Console, *headers: str, right: Iterable[str] = ()) -> Table:
+    """An unframed table; the columns named in ``right`` hold numbers: right-aligned, as wide as their widest cell."""
+    gap = 1 if console.width < NARROW else 2
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+    for header in headers:
+        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
+    return table
+
+
+def plans_table(console: Console, plans: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per variant: batch sizes, the three peaks, speed, and what kind of evidence stands behind them."""
+    one_size = any(plan.get("batch_size") is not None for plan in plans)
+    sizes = ("batch size", "fits") if one_size else ("largest batch", "first OOM")
+    numbers = (*sizes, "allocated GiB", "reserved GiB", "device GiB", "step time", "samples per s")
+    narrow = console.width < NARROW
+    headers = {name: name.replace(" ", "\n") if narrow else name for name in (*numbers, "evidence")}
+    table = plain_table(console, "variant", *headers.values(), right=[headers[name] for name in numbers])
+    for plan in plans:
+        label = wording.variant_label(plan["variant"])
+        words = f"{wording.evidence(plan)}, {wording.counted(plan.get('num_trials') or 0, 'trial')}"
+        if narrow:
+            label = label.replace("checkpointing ", "checkpointing\n").replace(" + ", " +\n")
+            words = words.replace(", ", "\n")
+        table.add_row(label, *_sizes(plan, one_size), *_figures(plan), words)
+    return table
+
+
+def remarks(plans: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What must be read beside the table: failures, intervals, stated assumptions; each sentence once."""
+    lines: list[str] = []
+    for plan in plans:
+        label = wording.variant_label(plan["variant"])
+        if wording.status(plan) != "planned":
+            lines.append(f"{label}: {wording.sizes_line(plan)}")
+        if interval := plan.get("reserved_interval"):
+            low, high = format_bytes(interval["low_bytes"]), format_bytes(interval["high_bytes"])
+            lines.append(f"{label}: reserved bytes expected between {low} and {high} ({interval['basis']})")
+        if retries := plan.get("num_alloc_retries"):
+            lines.append(f"{label}: the allocator gave cached memory back {wording.counted(retries, 'time')} to go on")
+    for plan in plans:
+        lines.extend(plan.get("notes") or ())
+    return list(dict.fromkeys(lines))
+
+
+def origin(plans: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the figures come from: the GPU, its capacity, the versions; and that a prediction measured nothing."""
+    lines: list[str] = []
+    for plan in plans:
+        seen = plan.get("environment") or {}
+        if plan["source"] == "predicted":
+            where = f"predicted on a virtual {plan['gpu']}: nothing was measured"
+        else:
+            where = (
+                f"measured on {seen.get('gpu_name') or plan['gpu']}, driver {seen.get('driver_version') or 'unknown'}"
+            )
+        torch = f"; torch {seen['torch_version']}" if seen.get("torch_version") else ""
+        lines.append(f"{where}; the allocator may reserve {format_bytes(plan['capacity_bytes'])}{torch}")
+    return list(dict.fromkeys(lines))
+
+
+def print_plans(
+    console: Console, plans: Sequence[Mapping[str, Any]], summary: Iterable[str] = (), notes: Iterable[str] = ()
+) -> None:
+    """The table, then its remarks, the summary sentences, and where it all comes from with ``notes``."""
+    console.print(plans_table(console, plans))
+    for block in (remarks(plans), list(summary), [*origin(plans), *notes]):
+        if block:
+            console.print()
+            print_lines(console, block)
+
+
+def _sizes(plan: Mapping[str, Any], one_size: bool) -> tuple[str, str]:
+    if wording.status(plan) != "planned":
+        return "-", "-"
+    if one_size:
+        return str(plan["batch_size"]), "yes" if plan["fits"] else "no"
+    return _count(plan.get("max_batch_size")), _count(plan.get("first_oom_batch_size"))
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _figures(plan: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        wording.gib(plan.get("peak_allocated_bytes")),
+        wording.gib(plan.get("peak_reserved_bytes")),
+        wording.gib(plan.get("peak_device_bytes")),
+        wording.seconds(plan.get("step_time_s")),
+        wording.rate(plan.get("samples_per_second")),
+    )
