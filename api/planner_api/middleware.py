@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from planner_api.metrics import Metrics
 
-# Everything a page needs comes from this service. Plotly and Swagger UI set style attributes on what they draw, and both
-# hold their icons as data: URLs.
+# Everything a page needs comes from this service. Plotly and Swagger UI set style attributes on what they draw, and
+# both hold their icons as data: URLs.
 _CONTENT_SECURITY_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"

@@ -8,7 +8,16 @@ from pydantic import BaseModel
 
 from planner.specs.sections import SpecDocument
 
-EXAMPLEdef question_body(model: type[BaseModel]) -> dict[str, Any]:
+EXAMPLE_SPEC: Final[dict[str, Any]] = {
+    "name": "gpt2-pretrain",
+    "model": {"source": "transformers", "model_type": "gpt2", "task": "causal-lm"},
+    "data": {"kind": "tokens", "sequence_length": 1024},
+    "train": {"optimizer": "adamw"},
+    "variants": {"precision": ["fp32", "bf16-amp"], "checkpointing": ["none", "full"]},
+}
+
+
+def question_body(model: type[BaseModel]) -> dict[str, Any]:
     """The OpenAPI ``requestBody`` of a route that reads ``model`` with ``read_question``."""
     question = model.model_json_schema()
     question["properties"]["spec"] = {"$ref": "#/components/schemas/SpecDocument"}

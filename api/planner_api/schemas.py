@@ -1,7 +1,7 @@
 """The JSON that the service answers with, as OpenAPI shows it.
 
-Plans, trials and verdicts are written by ``planner.reports`` and ``planner.preflight``, the same for the CLI; the models
-here describe them and let further fields through.
+Plans, trials and verdicts are written by ``planner.reports``, the same for the CLI; the models here describe them and
+let further fields through.
 """
 
 from __future__ import annotations

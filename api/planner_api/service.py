@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Dispatcher(Protocol):
-    """The worker that the service runs in its own process, where it runs one (a started ``threading.Thread`` is one)."""
+    """The worker that the service runs in its own process, if it runs one; a started ``threading.Thread`` is one."""
 
     def is_alive(self) -> bool: ...
 

@@ -119,8 +119,8 @@ async def follow_job(
         int | None, Header(ge=0, le=2**31 - 1, description="Resume after this event (browsers send it themselves)")
     ] = None,
 ) -> EventSourceResponse:
-    """`state`, `variant_started`, `trial_started`, `trial_finished` and `variant_finished` events, from the first one or
-    from after `Last-Event-ID`; the stream ends with the job."""
+    """`state`, `variant_started`, `trial_started`, `trial_finished` and `variant_finished` events, from the first one
+    or from after `Last-Event-ID`; the stream ends with the job."""
     await run_in_threadpool(service.store.get_job, job_id)
     return EventSourceResponse(
         event_stream(

@@ -1,0 +1,92 @@
+"""Where a question is answered: on a GPU of this machine where one of that type is at hand, else on the virtual GPU.
+
+The command line and the workers choose by the same rules, and say what they chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from planner.devices import Device
+from planner.errors import InvalidArgument
+from planner.gpus import Gpu, default_capacity_bytes, find_gpu
+from planner.local_gpus import LocalGpu, local_gpus
+from planner.units import format_bytes
+
+DEFAULT_GPU = "h200"
+"""The type that a prediction is for when no type was named and no GPU is here. A note says so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which GPU type answers, whether on a card of this machine, and under which capacity."""
+
+    gpu: Gpu
+    local: LocalGpu | None
+    """The card to measure on; ``None`` = the virtual GPU."""
+    capacity_bytes: int
+    notes: tuple[str, ...] = ()
+    """Sentences that whoever asked must see."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selected:
+    """A device, ready to use, and what must be said about it."""
+
+    device: Device
+    gpu: Gpu
+    predictor: Device | None
+    """For a measurement: the virtual GPU of the same type and capacity, which says where the search begins."""
+    notes: tuple[str, ...]
+
+
+def choose_device(
+    gpu: str | None,
+    capacity_bytes: int | None,
+    predicted_only: bool,
+    *,
+    find_local: Callable[[], Sequence[LocalGpu]] = local_gpus,
+) -> Selected:
+    """The device for a question about ``gpu`` (``None`` = this machine's) under ``capacity_bytes`` (``None`` = all).
+
+    Raises ``InvalidArgument`` (``gpu``, ``capacity``), ``DeviceUnavailable`` when a driver is there but does not
+    answer. Nothing is started; torch is not imported.
+    """
+    from planner.virtual.device import VirtualDevice
+
+    choice = choose(gpu, capacity_bytes, predicted_only, find_local())
+    virtual = VirtualDevice(choice.gpu, choice.capacity_bytes)
+    if choice.local is None:
+        return Selected(device=virtual, gpu=choice.gpu, predictor=None, notes=choice.notes)
+    from planner.runtime.device import LocalDevice
+
+    real = LocalDevice(choice.local, choice.capacity_bytes)
+    return Selected(device=real, gpu=choice.gpu, predictor=virtual, notes=choice.notes)
+
+
+def choose(name: str | None, capacity_bytes: int | None, predicted_only: bool, here: Sequence[LocalGpu]) -> Choice:
+    """The rules of ``choose_device``, given the GPUs that are ``here``. Raises ``InvalidArgument``."""
+    types = [card.gpu for card in here]
+    if name is not None:
+        gpu = next((kind for kind in types if kind.name == name), None) or find_gpu(name)
+    else:
+        gpu = types[0] if types else find_gpu(DEFAULT_GPU)
+    local = next((card for card, kind in zip(here, types, strict=True) if kind.name == gpu.name), None)
+    notes = [] if name is not None or here else [f"no GPU type was named and none is here: answered for {gpu.name}"]
+    if local is None or predicted_only:
+        reason = "" if predicted_only else f"no {gpu.name} is here: "
+        notes.append(f"{reason}predicted on a virtual {gpu.name}, nothing is measured")
+        local = None
+    most = default_capacity_bytes(gpu)
+    capacity = most if capacity_bytes is None else capacity_bytes
+    if capacity > gpu.total_bytes:
+        raise InvalidArgument(
+            f"{format_bytes(capacity)} is more than the {format_bytes(gpu.total_bytes)} of one {gpu.name}",
+            field="capacity",
+        )
+    if capacity > most and local is None:
+        # A real card refuses what its context has taken; the virtual one must not promise it.
+        capacity = most
+        notes.append(f"beside its CUDA context a {gpu.name} leaves {format_bytes(most)}: answered for that capacity")
+    return Choice(gpu=gpu, local=local, capacity_bytes=capacity, notes=tuple(notes))
