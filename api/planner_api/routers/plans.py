@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query
 
 from planner.errors import InvalidArgument
 from planner.gpus import find_gpu
@@ -31,6 +31,7 @@ ModelName = Annotated[
 ]
 GpuName = Annotated[str | None, Query(max_length=64, description="GPU type, as `GET /v1/gpus` names it")]
 SpecHash = Annotated[str | None, Query(pattern=r"^[0-9a-f]{64}$", description="Canonical hash of a spec's work")]
+PlanId = Annotated[str, Path(max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 BatchSize = Annotated[int, Query(ge=1, le=MAX_BATCH_SIZE)]
 
 
@@ -66,6 +67,16 @@ def list_plans(
     )
     page = service.store.list_plans(chosen, limit=limit, cursor=cursor)
     return PlanPage(plans=[PlanDocument(**plan_dict(plan)) for plan in page.items], next_cursor=page.next_cursor)
+
+
+@router.get(
+    "/plans/{plan_id}",
+    summary="One plan, with its trials",
+    response_model_exclude_unset=True,
+    responses=problem_responses(404, 422, 503),
+)
+def read_plan(plan_id: PlanId, service: ServiceDep) -> PlanDocument:
+    return PlanDocument(**plan_dict(service.store.get_plan(plan_id)))
 
 
 @router.get("/capacity", summary="Which GPU types does a batch size fit on?", responses=problem_responses(422, 503))
