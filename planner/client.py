@@ -68,6 +68,10 @@ class ServiceClient:
         """A page of plans, newest first: ``{"plans": [...], "next_cursor": ...}``."""
         return self._request("GET", "/v1/plans", params=_given(filters))
 
+    def plan(self, plan_id: str) -> dict[str, Any]:
+        """One stored plan with its trials."""
+        return self._request("GET", f"/v1/plans/{_segment(plan_id)}")
+
     def preflight(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """The verdict on ``{"spec": {...}, "gpu": ..., "batch_size": ...}``."""
         return self._request("POST", "/v1/preflight", json=_given(question), timeout=PREFLIGHT_TIMEOUT_S)
@@ -168,6 +172,6 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _segment(job_id: str) -> str:
-    """``job_id`` as one segment of a path: what a user typed must not reach another route."""
-    return quote(job_id, safe="") or "-"
+def _segment(record_id: str) -> str:
+    """``record_id`` as one segment of a path: what a user typed must not reach another route."""
+    return quote(record_id, safe="") or "-"

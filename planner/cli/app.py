@@ -77,7 +77,7 @@ def run(arguments: Sequence[str] | None = None, parts: Parts | None = None) -> i
         return 128 + 2
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`): nothing is left to be said, not even at interpreter exit.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return ExitStatus.OK
     except Exception as error:
         if debug:

@@ -80,7 +80,7 @@ def worker(
         typer.Option(
             "--gpu",
             metavar="NAME",
-            help="Take measuring jobs for this GPU type; may be repeated. By default this machine's types, all without a GPU.",
+            help="Take measuring jobs for this GPU type; may be repeated; default: this machine's, or all.",
         ),
     ] = None,
     name: Annotated[
@@ -177,7 +177,7 @@ def _stopped_by_signals() -> Iterator[threading.Event]:
         stop.set()
         signal.signal(signum, before[signum])
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {int(number): signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
