@@ -238,3 +238,15 @@ def test_plans_are_counted_by_gpu_type(store: Store) -> None:
         GpuPlans(gpu="h200", num_measured=2, num_predicted=0),
     )
     assert [counted.num_plans for counted in store.count_plans()] == [1, 2]
+
+
+def test_trials_are_counted_by_evidence_and_outcome(store: Store) -> None:
+    spec, environment = make_spec(), make_environment()
+    for outcome in (Outcome.FITS, Outcome.FITS, Outcome.OOM):
+        store.add_trial(spec, FP32, environment, GIB, make_trial(outcome=outcome))
+    store.add_trial(spec, FP32, environment, GIB, make_trial(source=Source.PREDICTED))
+    assert store.count_trials() == {
+        (Source.MEASURED, Outcome.FITS): 2,
+        (Source.MEASURED, Outcome.OOM): 1,
+        (Source.PREDICTED, Outcome.FITS): 1,
+    }

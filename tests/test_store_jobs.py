@@ -191,6 +191,20 @@ def test_a_job_that_silences_every_worker_is_given_up(store: Store) -> None:
     assert job.finished_at is not None
 
 
+def test_a_released_job_is_free_at_once_and_its_attempt_uncounted(store: Store) -> None:
+    job, _ = store.create_job(make_request())
+    old = claim(store, "old")
+    released = store.release_job(old)
+    assert (released.state, released.attempt, released.worker) == (JobState.QUEUED, 0, None)
+    with pytest.raises(Conflict):
+        store.release_job(old)
+    new = claim(store, "new")
+    assert (new.job.id, new.job.attempt, new.token) == (job.id, 1, old.token + 1)
+    assert states(store, job.id) == ["queued", "running", "queued", "running"]
+    store.cancel_job(job.id)
+    assert store.release_job(new).state is JobState.CANCELLED
+
+
 def test_cancelling_a_waiting_job_is_at_once_and_twice_is_once(store: Store) -> None:
     job, _ = store.create_job(make_request())
     cancelled = store.cancel_job(job.id)

@@ -39,8 +39,9 @@ def prepare_schema(address: Address, engine: Engine, *, migrate: bool) -> None:
     with reported(address):
         with engine.connect() as connection:
             found = current_revision(connection)
-        if found == REVISION:
-            return
+            if found == REVISION:
+                return
+            _refuse_foreign(address, connection, found)
         if not migrate:
             raise StoreError(
                 f"the store {address.label} has schema {found or 'none'} where this version of planner needs"
@@ -48,26 +49,25 @@ def prepare_schema(address: Address, engine: Engine, *, migrate: bool) -> None:
                 field="store",
             )
         with migration_connection(address) as connection:
-            _upgrade(address, connection)
+            # Again, now that nobody else can be migrating.
+            found = current_revision(connection)
+            if found != REVISION:
+                _refuse_foreign(address, connection, found)
+                upgrade(connection)
 
 
-def _upgrade(address: Address, connection: Connection) -> None:
-    found = current_revision(connection)  # again, now that nobody else can be migrating
-    if found == REVISION:
-        return
-    if found is None:
-        foreign = sorted(set(inspect(connection).get_table_names()) & set(Base.metadata.tables))
-        if foreign:
-            raise StoreError(
-                f"the store {address.label} has a table {foreign[0]!r} that the planner did not make", field="store"
-            )
-    elif found not in known_revisions():
+def _refuse_foreign(address: Address, connection: Connection, found: str | None) -> None:
+    """Raise ``StoreError`` for a database that this version of planner must not touch."""
+    if found is not None and found not in known_revisions():
         raise StoreError(
             f"the store {address.label} was written by a newer version of planner (schema {found}): upgrade planner,"
             " or name another store",
             field="store",
         )
-    upgrade(connection)
+    if found is None and (foreign := set(inspect(connection).get_table_names()) & set(Base.metadata.tables)):
+        raise StoreError(
+            f"the store {address.label} has a table {min(foreign)!r} that the planner did not make", field="store"
+        )
 
 
 @contextmanager
