@@ -11,13 +11,17 @@ from planner.errors import InvalidArgument
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
+MAX_BYTES = 2**53 - 1
+"""The largest integer that every JSON reader keeps exactly: 8 PiB."""
+
 # Binary units only by their binary names: "16GB" on a GPU box means 16 GiB to some and 16e9 to others, so GB is decimal
 # here, as SI says, and the error for a bare number says which unit to write.
 _FACTORS = {
     "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
-_SIZE = re.compile(r"^\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[a-zA-Z]*)\s*$")
+# No more digits than any size has: int() refuses thousands of them with an error of its own.
+_SIZE = re.compile(r"^\s*(?P<number>[0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?P<unit>[a-zA-Z]*)\s*$")
 
 
 def parse_bytes(text: str | int, *, field: str = "capacity") -> int:
@@ -29,9 +33,15 @@ def parse_bytes(text: str | int, *, field: str = "capacity") -> int:
         unit = match["unit"].lower() or "b" if match else ""
         if match is None or unit not in _FACTORS:
             raise InvalidArgument(f"{text!r} is not a size; write for example 16GiB, 40GiB or 17179869184", field=field)
-        value = int(float(match["number"]) * _FACTORS[unit]) if "." in match["number"] else int(match["number"]) * _FACTORS[unit]
+        value = (
+            int(float(match["number"]) * _FACTORS[unit])
+            if "." in match["number"]
+            else int(match["number"]) * _FACTORS[unit]
+        )
     if value <= 0:
         raise InvalidArgument(f"{text!r} must be more than 0 bytes", field=field)
+    if value > MAX_BYTES:
+        raise InvalidArgument(f"{text!r} is more than any GPU or computer has", field=field)
     return value
 
 

@@ -109,19 +109,22 @@ def _translate(problem: Any, document: Mapping[str, Any]) -> InvalidSpec:
 
 
 def _path(loc: _Loc, document: Mapping[str, Any]) -> str:
-    """The dotted path, without pydantic's union tags and without the index of a scalar that stands for a list."""
+    """The dotted path, without pydantic's union tags and without what lies inside a scalar shorthand.
+
+    ``precision: fp8`` stands for a list, ``optimizer: adamm`` for a mapping: the path is that of the scalar.
+    """
     path = ""
     value: Any = document
     for position, part in enumerate(loc):
         if position == 1 and loc[0] in _UNIONS and part in _UNIONS[str(loc[0])][1]:
             continue
-        if isinstance(part, int) and not isinstance(value, list):
-            continue
-        path = join(path, part)
         if isinstance(value, Mapping):
             value = value.get(str(part))
         elif isinstance(value, list) and isinstance(part, int):
             value = value[part]
+        else:
+            break
+        path = join(path, part)
     return path
 
 

@@ -68,7 +68,7 @@ def _switch(value: Any) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | bool) else value
+    return value if value is None or isinstance(value, list | dict) else [value]
 
 
 def _distinct(values: list[Any]) -> list[Any]:
