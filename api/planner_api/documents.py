@@ -130,6 +130,13 @@ def _from_text(name: str, text: str) -> Any:
     return text
 
 
+def _capacity_bytes(text: str | int) -> int:
+    count = parse_bytes(text)
+    if count > MAX_CAPACITY_BYTES:
+        raise InvalidArgument(f"{text} is more than any GPU has", field="capacity")
+    return count
+
+
 def _check(data: dict[str, Any], model: type[JobQuestion] | type[PreflightQuestion]) -> Asked:
     try:
         question = model.model_validate(data)
@@ -149,7 +156,7 @@ def _check(data: dict[str, Any], model: type[JobQuestion] | type[PreflightQuesti
         document=plain(question.spec),
         spec=parse_spec(question.spec),
         gpu=None if question.gpu is None else find_gpu(question.gpu).name,
-        capacity_bytes=None if capacity is None else parse_bytes(capacity),
+        capacity_bytes=None if capacity is None else _capacity_bytes(capacity),
         batch_size=question.batch_size,
         kind=question.kind if isinstance(question, JobQuestion) else "probe",
         fresh=question.fresh if isinstance(question, JobQuestion) else False,

@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse
 from planner.errors import InvalidArgument, NotFound
 from planner.gpus import Gpu, find_gpu
 from planner.store import PlanFilter, Store
-from planner_api.routers.jobs import JobId
+from planner_api.routers.jobs import RecordId
 from planner_api.routers.plans import every_plan
 from planner_api.service import ServiceDep
 from planner_api.templating import templates
@@ -63,7 +63,7 @@ def gpu_page(name: str, request: Request, service: ServiceDep) -> HTMLResponse:
 
 
 @router.get("/jobs/{job_id}")
-def job_page(job_id: JobId, request: Request, service: ServiceDep) -> HTMLResponse:
+def job_page(job_id: RecordId, request: Request, service: ServiceDep) -> HTMLResponse:
     job = service.store.get_job(job_id)
     plans = [service.store.get_plan(plan_id) for plan_id in job.plan_ids]
     context = {"job": job, "rows": [plan_row(plan) for plan in plans]}

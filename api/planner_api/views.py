@@ -72,8 +72,8 @@ def newest_answers(plans: Iterable[Plan]) -> list[Plan]:
 
 
 def chart(plans: Sequence[Plan]) -> dict[str, Any] | None:
-    """Peak reserved memory against capacity, a bar for each plan with peaks, in GiB; ``None`` without any."""
-    shown = [plan for plan in plans if plan.peaks is not None]
+    """Peak reserved memory against capacity, a bar for each plan that anything fits in, in GiB; ``None`` without any."""
+    shown = [plan for plan in plans if plan.peaks is not None and plan.max_batch_size != 0]
     if not shown:
         return None
     several_models = len({plan.model for plan in shown}) > 1

@@ -21,7 +21,7 @@ from planner_api.service import ServiceDep
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-JobId = Annotated[str, Path(max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+RecordId = Annotated[str, Path(max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 Cursor = Annotated[str | None, Query(max_length=512, pattern=r"^[\x21-\x7e]+$", description="From the page before")]
 PageSize = Annotated[int, Query(ge=1, le=200)]
 
@@ -88,7 +88,7 @@ def list_jobs(
     response_model_exclude_unset=True,
     responses=problem_responses(404, 422, 503),
 )
-def read_job(job_id: JobId, service: ServiceDep) -> JobDocument:
+def read_job(job_id: RecordId, service: ServiceDep) -> JobDocument:
     return _document(service.store, service.store.get_job(job_id))
 
 
@@ -98,7 +98,7 @@ def read_job(job_id: JobId, service: ServiceDep) -> JobDocument:
     response_model_exclude_unset=True,
     responses=problem_responses(404, 409, 422, 503),
 )
-def cancel_job(job_id: JobId, service: ServiceDep) -> JobDocument:
+def cancel_job(job_id: RecordId, service: ServiceDep) -> JobDocument:
     """A queued job ends at once; a running one after the trial that is running. What was finished stays."""
     return _document(service.store, service.store.cancel_job(job_id))
 
@@ -113,7 +113,7 @@ def cancel_job(job_id: JobId, service: ServiceDep) -> JobDocument:
     },
 )
 async def follow_job(
-    job_id: JobId,
+    job_id: RecordId,
     service: ServiceDep,
     last_event_id: Annotated[
         int | None, Header(ge=0, le=2**31 - 1, description="Resume after this event (browsers send it themselves)")

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Query
 
 from planner.errors import InvalidArgument
 from planner.gpus import find_gpu
@@ -17,7 +17,7 @@ from planner.trials import Plan, Source
 from planner_api.documents import MAX_BATCH_SIZE
 from planner_api.fitting import best_answers, gpus_that_fit
 from planner_api.problems import problem_responses
-from planner_api.routers.jobs import Cursor, PageSize
+from planner_api.routers.jobs import Cursor, PageSize, RecordId
 from planner_api.schemas import CapacityAnswer, CapacityReport, PlanDocument, PlanPage, VariantDocument
 from planner_api.service import ServiceDep
 
@@ -31,7 +31,6 @@ ModelName = Annotated[
 ]
 GpuName = Annotated[str | None, Query(max_length=64, description="GPU type, as `GET /v1/gpus` names it")]
 SpecHash = Annotated[str | None, Query(pattern=r"^[0-9a-f]{64}$", description="Canonical hash of a spec's work")]
-PlanId = Annotated[str, Path(max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 BatchSize = Annotated[int, Query(ge=1, le=MAX_BATCH_SIZE)]
 
 
@@ -75,7 +74,7 @@ def list_plans(
     response_model_exclude_unset=True,
     responses=problem_responses(404, 422, 503),
 )
-def read_plan(plan_id: PlanId, service: ServiceDep) -> PlanDocument:
+def read_plan(plan_id: RecordId, service: ServiceDep) -> PlanDocument:
     return PlanDocument(**plan_dict(service.store.get_plan(plan_id)))
 
 
