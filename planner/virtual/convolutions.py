@@ -1,0 +1,319 @@
+"""The workspace that cuDNN's convolutions take from the caching allocator.
+
+PyTorch asks cuDNN's heuristics for an engine, allocates the workspace that the engine names, and frees it when the
+kernel was launched (aten/src/ATen/native/cudnn/Conv_v8.cpp). The workspace is not documented; measured, it is a sum of
+four kinds of terms, which ``Recipe`` holds:
+
+- copies in NHWC of the input, the output and the weights, channels padded to 16 bytes, since the tensor-core kernels
+  want that layout; batch size and spatial size multiply the first two;
+- for the gradient of 1x1 weights, one fp32 product for each sample;
+- partial sums of a reduction divided among thread blocks, bounded by the number of SMs, thus by some tens of MiB;
+- 16 bytes.
+
+Which recipe applies is the engine's choice. It is looked up in a table measured on one H200
+(``convolutions_sm90.json.gz``, built by ``benchmarks/convolutions.py``); a layer that is not in the table takes the
+recipe of the most similar ones in it, and the spread among those is its interval. Pure Python: no torch.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from importlib.resources import files
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+from planner.errors import InvalidArgument, nearest
+
+Direction = Literal["forward", "dgrad", "wgrad"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+TABLE = "convolutions_sm90.json.gz"
+MEASURED_ON = (9, 0)
+ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+BLOCK = 512  # the allocator's unit, thus the resolution of a measurement
+SEGMENT = 2 << 20  # large requests come from segments that are multiples of it
+UNSPLIT = 1 << 20  # a rest of at most this much stays part of a large block
+TAIL = 16  # bytes that every workspace with a copy in it ends with
+PARTIAL_SUMS = 20 << 20  # no measured divided reduction takes more
+NEIGHBOURS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A convolution, but for its batch size and dtype. ``kernel`` to ``input_size`` have an entry a dimension."""
+
+    c: int
+    k: int
+    groups: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    input_size: tuple[int, ...]
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.input_size)
+
+    @property
+    def output_pixels(self) -> int:
+        sizes = zip(self.input_size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return math.prod((size + 2 * p - d * (r - 1) - 1) // s + 1 for size, r, s, p, d in sizes)
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    @property
+    def weights(self) -> int:
+        return self.k * (self.c // self.groups) * self.taps
+
+    @property
+    def family(self) -> str:
+        """Layers among which cuDNN's choices are alike."""
+        if self.groups > 1:
+            return "depthwise" if self.groups == self.c else "grouped"
+        if self.taps == 1:
+            return "pointwise strided" if max(self.stride) > 1 else "pointwise"
+        if len(self.input_size) == 1:
+            return "1d"
+        return "stem" if self.c <= 4 else "dense"
+
+
+class Tensors(NamedTuple):
+    """What the convolution's tensors look like: bytes of an element, and whether their channels are innermost."""
+
+    element_bytes: int
+    channels_last: bool
+
+    @property
+    def key(self) -> str:
+        return ("16" if self.element_bytes == 2 else "32") + ("-nhwc" if self.channels_last else "-nchw")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a workspace is made of.
+
+    ``copies`` are among ``i`` (input), ``o`` (output) and ``w`` (weights), each in NHWC; ``per_sample`` is an fp32 copy of
+    the weights for each sample; ``extra`` bytes do not depend on the batch size.
+    """
+
+    copies: str = ""
+    per_sample: bool = False
+    extra: int = 0
+
+    def bytes(self, layer: Layer, n: int, tensors: Tensors) -> int:
+        total = sum(copied(layer, n, tensors)[name] for name in self.copies) + self.extra
+        if self.per_sample:
+            total += 4 * n * layer.weights
+        return total + TAIL if self.copies else total
+
+    def encode(self) -> str:
+        return "+".join((self.copies, "n" if self.per_sample else "", str(self.extra or ""))).rstrip("+")
+
+    @classmethod
+    def decode(cls, text: str) -> Recipe:
+        copies, per_sample, extra = (*text.split("+"), "", "")[:3]
+        return cls(copies, per_sample == "n", int(extra or 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Bytes asked of the allocator, with the interval that they lie in; ``exact`` when this very case was measured."""
+
+    bytes: int
+    low: int
+    high: int
+    exact: bool
+
+
+def workspace_bytes(
+    *,
+    direction: Direction,
+    dtype: str,
+    channels_last: bool,
+    n: int,
+    c: int,
+    k: int,
+    groups: int,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    input_size: tuple[int, ...],
+    compute_capability: tuple[int, int] = MEASURED_ON,
+) -> Workspace:
+    """The workspace of one convolution over ``[n, c, *input_size]`` with weights ``[k, c // groups, *kernel]``.
+
+    ``direction`` is ``forward``, ``dgrad`` (the gradient of the input) or ``wgrad`` (of the weights); a transposed
+    convolution's forward pass is the ``dgrad`` of the convolution that it transposes. ``dtype`` is that of the kernel,
+    after autocast: ``bfloat16``, ``float16``, ``float32`` (with TF32 allowed, PyTorch's default for convolutions) or
+    ``float64``. Says what the H200 was measured to do: never ``exact`` for another compute capability or ``float64``.
+
+    Raises ``InvalidArgument`` for an unknown direction or dtype and for shapes that make no convolution.
+    """
+    if direction not in DIRECTIONS:
+        raise InvalidArgument(
+            f"{direction!r} is no direction", field="direction", suggestion=nearest(direction, DIRECTIONS)
+        )
+    if dtype not in ELEMENT_BYTES:
+        raise InvalidArgument(
+            f"cuDNN has no convolution in {dtype!r}", field="dtype", suggestion=nearest(dtype, ELEMENT_BYTES)
+        )
+    layer = Layer(c, k, groups, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), tuple(input_size))
+    _check(layer, n)
+    if n == 0 or layer.output_pixels <= 0:
+        return Workspace(0, 0, 0, True)
+    # PyTorch gives cuDNN a 1d convolution as contiguous NCHW, whatever its strides.
+    tensors = Tensors(ELEMENT_BYTES[dtype], channels_last and len(layer.input_size) > 1)
+    found = _workspace(direction, tensors, layer, n)
+    if compute_capability != MEASURED_ON:
+        return Workspace(found.bytes, 0, found.high, False)
+    return replace(found, exact=found.exact and dtype != "float64")
+
+
+def copied(layer: Layer, n: int, tensors: Tensors) -> dict[str, int]:
+    """Bytes of the copies of input, output and weights; channels are padded to 8 (16-bit types) or 4."""
+    size = tensors.element_bytes
+    multiple = 8 if size == 2 else 4
+    return {
+        "i": n * _round_up(layer.c, multiple) * layer.pixels * size,
+        "o": n * _round_up(layer.k, multiple) * layer.output_pixels * size,
+        "w": _round_up(layer.c // layer.groups, multiple) * layer.k * layer.taps * size,
+    }
+
+
+def explain(layer: Layer, n: int, tensors: Tensors, measured: int) -> Recipe:
+    """The recipe behind a measured workspace (a multiple of 512 bytes, rests of unsplit blocks included)."""
+    if measured <= 3 * BLOCK:
+        return Recipe(extra=measured)
+    choices = [Recipe(copies) for copies in _possible_copies(layer, tensors)]
+    choices += [Recipe(copies, per_sample=True) for copies in ("", "io", "iow")]
+    rests = [(measured - choice.bytes(layer, n, tensors), choice) for choice in choices if choice != Recipe()]
+    for rest, choice in rests:
+        if 0 <= rest <= 3 * BLOCK:
+            return choice
+    if measured % SEGMENT == 0:  # a whole segment, so the rest is what was too little to split off
+        for rest, choice in rests:
+            if 0 <= rest <= UNSPLIT:
+                return choice
+    for rest, choice in rests:
+        if 0 <= rest <= PARTIAL_SUMS and not choice.per_sample:
+            return replace(choice, extra=rest)
+    return Recipe(extra=measured)
+
+
+def _possible_copies(layer: Layer, tensors: Tensors) -> tuple[str, ...]:
+    """The sets of copies that were seen, the likely ones first."""
+    if layer.family == "depthwise":
+        return ()
+    if tensors.channels_last:
+        return ("iw",) if layer.family == "stem" else ()
+    if layer.taps == 1:
+        return ("io", "iow", "iw", "ow", "i", "o", "w")
+    return ("iow", "iw", "io", "ow", "i", "o", "w")
+
+
+class Case(NamedTuple):
+    features: tuple[float, ...]
+    layer: Layer
+    n: int
+    recipe: Recipe
+
+
+Groups = Mapping[tuple[str, str, str], list[Case]]  # (tensors' key, direction, family) -> measured cases
+
+
+def features(layer: Layer, n: int) -> tuple[float, ...]:
+    """Where a layer lies among others: logarithms of its sizes, and what makes the tensor-core kernels' alignment."""
+    log = math.log2
+    return (
+        log(layer.c),
+        log(layer.k),
+        0.7 * log(n),
+        log(layer.output_pixels),
+        log(layer.taps),
+        log(max(layer.stride)),
+        3.0 * (layer.pixels % 8 == 0),
+        float(layer.c % 8 == 0) + float(layer.k % 8 == 0),
+        0.3 * log(layer.pixels),
+        log(layer.groups),
+    )
+
+
+def predict(cases: Iterable[Case], layer: Layer, n: int, tensors: Tensors) -> Workspace:
+    """The workspace by the most similar of ``cases``, and the interval of the ``NEIGHBOURS`` most similar ones."""
+    own = features(layer, n)
+
+    def distance(case: Case) -> float:
+        return sum(abs(a - b) for a, b in zip(own, case.features, strict=True))
+
+    near = sorted(cases, key=distance)[:NEIGHBOURS]
+    sizes = [case.recipe.bytes(layer, n, tensors) for case in near]
+    return Workspace(sizes[0], min(sizes), max(sizes), False)
+
+
+def group(table: Mapping[str, Any]) -> Groups:
+    """The cases of a table as ``benchmarks/convolutions.py`` writes it."""
+    layers = [Layer(c, k, g, *(tuple(item) for item in rest)) for c, k, g, *rest in table["layers"]]
+    groups: dict[tuple[str, str, str], list[Case]] = {}
+    for name, columns in table["recipes"].items():
+        key, direction = name.split(" ")
+        for layer, column in zip(layers, columns, strict=True):
+            for n, text in zip(table["batches"], column, strict=True):
+                if text is not None:
+                    case = Case(features(layer, n), layer, n, Recipe.decode(text))
+                    groups.setdefault((key, direction, layer.family), []).append(case)
+    return groups
+
+
+@cache
+def _groups() -> Groups:
+    content = files("planner.virtual").joinpath(TABLE).read_bytes()
+    return group(cast(dict[str, Any], json.loads(gzip.decompress(content))))
+
+
+@lru_cache(maxsize=65536)
+def _workspace(direction: str, tensors: Tensors, layer: Layer, n: int) -> Workspace:
+    cases = _groups()[tensors.key, direction, layer.family]
+    measured = {case.n: case.recipe for case in cases if case.layer == layer}
+    if not measured:
+        return predict(cases, layer, n, tensors)
+    around = list(_around(n, sorted(measured)))
+    recipes = [measured[batch] for batch in around]
+    sizes = [recipe.bytes(layer, n, tensors) for recipe in recipes]
+    return Workspace(sizes[0], min(sizes), max(sizes), n in measured or (len(around) > 1 and len(set(recipes)) == 1))
+
+
+def _around(n: int, batches: list[int]) -> Iterator[int]:
+    """The measured batch sizes to go by: ``n`` itself, else those on either side, the closer (as a ratio) first."""
+    if n in batches:
+        return iter([n])
+    below, above = [b for b in batches if b < n][-1:], [b for b in batches if b > n][:1]
+    near = below + above if below and above else batches[-2:] if below else batches[:2]
+    return iter(sorted(near, key=lambda batch: abs(math.log(batch / n))))
+
+
+def _check(layer: Layer, n: int) -> None:
+    dimensions = len(layer.input_size)
+    for name in ("kernel", "stride", "padding", "dilation"):
+        if len(getattr(layer, name)) != dimensions:
+            raise InvalidArgument(f"has {len(getattr(layer, name))} entries for {dimensions} spatial sizes", field=name)
+    for name, values in (("kernel", layer.kernel), ("stride", layer.stride), ("dilation", layer.dilation)):
+        if min(values, default=1) < 1:
+            raise InvalidArgument("must be at least 1", field=name, suggestion="1")
+    for name in ("c", "k", "groups"):
+        if getattr(layer, name) < 1:
+            raise InvalidArgument("must be at least 1", field=name, suggestion="1")
+    if n < 0:
+        raise InvalidArgument("must not be negative", field="n", suggestion="0")
+    if layer.c % layer.groups or layer.k % layer.groups:
+        raise InvalidArgument("must divide c and k", field="groups", suggestion=str(math.gcd(layer.c, layer.k)))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
