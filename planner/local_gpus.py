@@ -31,7 +31,7 @@ class LocalGpu:
     total_bytes: int
     """NVML's total: what nvidia-smi shows."""
     usable_bytes: int
-    """The total without what the driver keeps for itself: CUDA's own total, to within a few MiB."""
+    """The total without what the driver keeps for itself: CUDA's own total (to the byte on an H200)."""
     used_bytes: int
     """In use now by all processes, without what the driver keeps."""
     driver_version: str

@@ -82,6 +82,16 @@ def test_malformed_text_is_one_line_that_says_where(tmp_path: Path, name: str, t
     assert "\n" not in str(caught.value)
 
 
+def test_merge_keys_work_and_cannot_multiply_without_end(tmp_path: Path) -> None:
+    merged = parse_text(b"a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n", ".yaml", field="a")
+    assert merged["b"] == {"x": 1, "y": 3}
+    bomb = "a0: &a0 {x: 1, y: 2}\n" + "".join(
+        f"a{level}: &a{level} {{<<: [{', '.join([f'*a{level - 1}'] * 10)}]}}\n" for level in range(1, 30)
+    )
+    with pytest.raises(InvalidSpec, match="too many merged keys"):
+        parse_text(bomb.encode(), ".yaml", field="a")
+
+
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(b"name: \xff\xfe")

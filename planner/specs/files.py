@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from planner.errors import InvalidArgument, InvalidSpec, nearest
+from planner.specs.plain import MAX_VALUES
 
 MAX_FILE_BYTES = 1 << 20
 """No honest spec is larger, and a wrong path (a checkpoint, a log) is not read into memory."""
@@ -83,7 +84,12 @@ _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, whe
 
 
 class _Loader(_SafeLoader):  # type: ignore[misc]
-    """PyYAML's safe loader that refuses a key given twice instead of silently keeping the last."""
+    """PyYAML's safe loader that refuses a key given twice, which it would silently take the last of."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:  # merge keys of merge keys: each level multiplies
+            raise yaml.constructor.ConstructorError(None, None, "too many merged keys", node.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
