@@ -88,7 +88,7 @@ class LiveDisplay(QuietDisplay):
     def __init__(self, console: Console, progress: SweepProgress) -> None:
         super().__init__(progress)
         self._spinner = Spinner("dots")
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=8, transient=True)
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=8, transient=True)
 
     def __enter__(self) -> Self:
         self._live.__enter__()
@@ -99,7 +99,8 @@ class LiveDisplay(QuietDisplay):
     ) -> None:
         self._live.__exit__(kind, error, trace)
 
-    def _render(self) -> Group:
+    def render(self) -> Group:
+        """The table as it stands now."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("variant", overflow="fold")
         table.add_column("state", overflow="fold")
