@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -76,13 +75,3 @@ def one_of_store_and_server(
     if written == {"store", "server"}:
         raise InvalidArgument("cannot be given together with --store: a service has its own store", field="server")
     return (store, None) if "store" in written else (None, server)
-
-
-def make_current_folder_importable() -> None:
-    """Let ``source: python`` name modules of the folder that the user stands in; children inherit this path.
-
-    Called late: a user's module must not stand in for one that the planner itself has yet to import.
-    """
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli.options import Debug, StoreUrl, make_current_folder_importable
+from planner.cli.options import Debug, StoreUrl
 from planner.cli.parts import parts_of
 from planner.cli.terminal import note
 from planner.errors import InvalidArgument
@@ -40,7 +40,6 @@ def serve(
         from planner_api.app import create_app
         from planner_workers.worker import Worker
 
-    make_current_folder_importable()
     settings = _settings()
     log_to_stderr()
     with parts_of(context).open_store(store) as opened, _listen(host or settings.host, port, settings) as listening:
@@ -97,7 +96,6 @@ def worker(
     from planner.jobs import JobKind
     from planner.local_gpus import local_gpus
 
-    make_current_folder_importable()
     settings = _settings()
     log_to_stderr()
     types = {find_gpu(each).name for each in gpu} if gpu else {card.gpu.name for card in local_gpus()}

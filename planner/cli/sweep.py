@@ -23,7 +23,6 @@ from planner.cli.options import (
     SpecFile,
     StoreUrl,
     check_batch_size,
-    make_current_folder_importable,
     one_of_store_and_server,
 )
 from planner.cli.parts import Parts, parts_of
@@ -119,7 +118,6 @@ def _plan_here(parts: Parts, question: Question, store_url: str | None) -> int:
         where = store.url
         for line in selected.notes:
             note(line)
-        make_current_folder_importable()
         try:
             with open_display(stderr_console(), progress, quiet=question.quiet) as display:
                 plans = parts.plan_sweep(
