@@ -124,13 +124,23 @@ def transformers_config(model: ModelSpec) -> Any:
 
 
 def _check_config(defaults: Any, overrides: Mapping[str, Any], field: str) -> None:
-    known = set(defaults.to_dict()) | set(getattr(defaults, "attribute_map", {})) | {"num_labels", "use_cache"}
+    known = _config_keys(defaults)
     for key, value in overrides.items():
         if key not in known:
             raise InvalidSpec("unknown key", field=f"{field}.{key}", suggestion=nearest(key, known))
         nested = getattr(defaults, key, None)
         if isinstance(value, Mapping) and hasattr(nested, "to_dict"):
             _check_config(nested, value, f"{field}.{key}")
+
+
+def _config_keys(config: Any) -> set[str]:
+    """Every key that this config or its base classes declare, and those of generation, which seq2seq models read too."""
+    transformers = _require("transformers")
+    declared = {name for kind in type(config).__mro__ for name in getattr(kind, "__annotations__", {})}
+    named = set(getattr(config, "attribute_map", {})) | set(inspect.signature(type(config).__init__).parameters)
+    generation = set(transformers.GenerationConfig().to_dict())
+    known = set(config.to_dict()) | declared | named | generation | {"num_labels", "use_cache"}
+    return {name for name in known if not name.startswith("_")} - {"self", "kwargs", "args"}
 
 
 def _timm(model: ModelSpec) -> torch.nn.Module:

@@ -1,8 +1,7 @@
 """``scaled_dot_product_attention`` as CUDA chooses its kernel, and the kernels' outputs.
 
 The choice follows ``select_sdp_backend`` and its checks in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, the padding and the calls
-follow ``scaled_dot_product_attention`` in aten/src/ATen/native/transformers/attention.cpp. Default order of torch 2.9 to 2.15: flash, memory
-efficient, math (cuDNN stands behind math, which takes everything, and is never reached).
+follow ``scaled_dot_product_attention`` in aten/src/ATen/native/transformers/attention.cpp. Order: cuDNN where the architecture prefers it, flash, memory efficient, math.
 """
 
 from __future__ import annotations
@@ -11,13 +10,14 @@ from typing import Any
 
 import torch
 
+from planner.virtual.architecture import Architecture
 from planner.virtual.backend import DISPATCH_KEY
 
 _libraries: list[torch.library.Library] = []
 
 
-def install(compute_capability: tuple[int, int]) -> None:
-    """Register the operator for the ``vgpu`` backend as a GPU of ``compute_capability`` runs it."""
+def install(architecture: Architecture) -> None:
+    """Register the operator for the ``vgpu`` backend as a GPU of ``architecture`` runs it."""
     library = torch.library.Library("aten", "IMPL", "Autograd" + DISPATCH_KEY)
     _libraries.append(library)
 
@@ -32,20 +32,21 @@ def install(compute_capability: tuple[int, int]) -> None:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        return _attend(compute_capability, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _attend(architecture, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
     library.impl("scaled_dot_product_attention", attend)
 
 
 def choose_kernel(
-    compute_capability: tuple[int, int],
+    architecture: Architecture,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None,
     enable_gqa: bool,
 ) -> str:
-    """``"flash"``, ``"efficient"`` or ``"math"`` for tensors ``[batch, heads, length, head_dim]``."""
+    """``"cudnn"``, ``"flash"``, ``"efficient"`` or ``"math"`` for tensors ``[batch, heads, length, head_dim]``."""
+    compute_capability = architecture.compute_capability
     shapes_fit = (
         query.dim() == key.dim() == value.dim() == 4
         and query.shape[0] == key.shape[0] == value.shape[0]
@@ -55,6 +56,17 @@ def choose_kernel(
     )
     if not shapes_fit:
         return "math"
+    if (
+        architecture.prefers_cudnn_attention
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and not (attn_mask is not None and attn_mask.requires_grad)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 128
+        and value.shape[-1] % 8 == 0
+        and value.shape[-1] <= 128
+        and key.shape[2] > 1
+    ):
+        return "cudnn"
     same_heads = query.shape[1] == key.shape[1] == value.shape[1]
     if (
         compute_capability >= (8, 0)
@@ -80,7 +92,7 @@ def choose_kernel(
 
 
 def _attend(
-    compute_capability: tuple[int, int],
+    architecture: Architecture,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -91,9 +103,16 @@ def _attend(
     enable_gqa: bool,
 ) -> Any:
     aten = torch.ops.aten
-    kernel = choose_kernel(compute_capability, query, key, value, attn_mask, enable_gqa)
+    kernel = choose_kernel(architecture, query, key, value, attn_mask, enable_gqa)
     if attn_mask is not None and attn_mask.dtype is torch.bool:  # convert_boolean_attn_mask
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+    needs_logsumexp = torch.is_grad_enabled() and any(item.requires_grad for item in (query, key, value))
+    if kernel == "cudnn":
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        return aten._scaled_dot_product_cudnn_attention(
+            query, key, value, attn_mask, needs_logsumexp, dropout_p, is_causal, False, scale=scale
+        )[0]
     if kernel == "flash":
         head_dim = query.shape[-1]
         scale = scale if scale is not None else head_dim**-0.5
@@ -104,7 +123,6 @@ def _attend(
     if kernel == "efficient":
         if attn_mask is not None:
             attn_mask = _expand_mask(attn_mask, query, key)
-        needs_logsumexp = torch.is_grad_enabled() and any(item.requires_grad for item in (query, key, value))
         return aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, needs_logsumexp, dropout_p, is_causal, scale=scale
         )[0]

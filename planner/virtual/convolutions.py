@@ -37,6 +37,7 @@ BLOCK = 512  # the allocator's unit, thus the resolution of a measurement
 SEGMENT = 2 << 20  # large requests come from segments that are multiples of it
 UNSPLIT = 1 << 20  # a rest of at most this much stays part of a large block
 TAIL = 16  # bytes that every workspace with a copy in it ends with
+WINOGRAD_TILE, WINOGRAD_TAPS = 4, 36  # F(4x4, 3x3): 6x6 products for each 4x4 outputs
 PARTIAL_SUMS = 20 << 20  # no measured divided reduction takes more
 NEIGHBOURS = 5
 
@@ -59,9 +60,13 @@ class Layer:
         return math.prod(self.input_size)
 
     @property
-    def output_pixels(self) -> int:
+    def output_size(self) -> tuple[int, ...]:
         sizes = zip(self.input_size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return math.prod((size + 2 * p - d * (r - 1) - 1) // s + 1 for size, r, s, p, d in sizes)
+        return tuple((size + 2 * p - d * (r - 1) - 1) // s + 1 for size, r, s, p, d in sizes)
+
+    @property
+    def output_pixels(self) -> int:
+        return math.prod(self.output_size)
 
     @property
     def taps(self) -> int:
@@ -98,7 +103,8 @@ class Tensors(NamedTuple):
 class Recipe:
     """What a workspace is made of.
 
-    ``copies`` are among ``i`` (input), ``o`` (output) and ``w`` (weights), each in NHWC; ``per_sample`` is an fp32 copy of
+    ``copies`` are among ``i`` (input), ``o`` (output) and ``w`` (weights), each in NHWC, or ``v``, the fp32 tiles that
+    Winograd's algorithm makes of all three; ``per_sample`` is an fp32 copy of
     the weights for each sample; ``extra`` bytes do not depend on the batch size.
     """
 
@@ -184,7 +190,12 @@ def copied(layer: Layer, n: int, tensors: Tensors) -> dict[str, int]:
         "i": n * _round_up(layer.c, multiple) * layer.pixels * size,
         "o": n * _round_up(layer.k, multiple) * layer.output_pixels * size,
         "w": _round_up(layer.c // layer.groups, multiple) * layer.k * layer.taps * size,
+        "v": 4 * WINOGRAD_TAPS * (n * _tiles(layer) * (layer.c + layer.k) + layer.c * layer.k),
     }
+
+
+def _tiles(layer: Layer) -> int:
+    return math.prod(-(-size // WINOGRAD_TILE) for size in layer.output_size)
 
 
 def explain(layer: Layer, n: int, tensors: Tensors, measured: int) -> Recipe:
@@ -192,6 +203,8 @@ def explain(layer: Layer, n: int, tensors: Tensors, measured: int) -> Recipe:
     if measured <= 3 * BLOCK:
         return Recipe(extra=measured)
     choices = [Recipe(copies) for copies in _possible_copies(layer, tensors)]
+    if layer.family == "dense" and layer.kernel == (3, 3) and layer.stride == (1, 1) and tensors.element_bytes == 4:
+        choices.append(Recipe("v"))
     choices += [Recipe(copies, per_sample=True) for copies in ("", "io", "iow")]
     rests = [(measured - choice.bytes(layer, n, tensors), choice) for choice in choices if choice != Recipe()]
     for rest, choice in rests:
@@ -202,7 +215,7 @@ def explain(layer: Layer, n: int, tensors: Tensors, measured: int) -> Recipe:
             if 0 <= rest <= UNSPLIT:
                 return choice
     for rest, choice in rests:
-        if 0 <= rest <= PARTIAL_SUMS and not choice.per_sample:
+        if 0 <= rest <= PARTIAL_SUMS and not choice.per_sample and choice.copies != "v":
             return replace(choice, extra=rest)
     return Recipe(extra=measured)
 

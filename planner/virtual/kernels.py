@@ -1,62 +1,195 @@
-"""What CUDA kernels allocate beside the tensors that they return."""
+"""What CUDA kernels allocate beside the tensors that they return, and in which order.
+
+Each rule says where it comes from: PyTorch's source, or a trace recorded on a real GPU (``tests/golden/traces``). The order matters
+little to the peak of allocated bytes, and much to which cached block the allocator reuses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from planner.virtual.reductions import staging
+from planner.virtual.architecture import Architecture
+from planner.virtual.reductions import Loop, reduction_loops, semaphore_bytes, staging_buffer_bytes
+from planner.virtual.trace import Formula
 
 aten = torch.ops.aten
-MIB = 1 << 20
 
-Step = tuple[str, int]
+Step = tuple[str, int | Formula]
+"""``("output", i)``: the i-th new storage that the operator returns; ``("temporary", bytes)``: freed when the operator ends, last first;
+``("kept", bytes)``: for the life of the process; ``("free", 0)``: the newest temporary is freed now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One operator call as the recorder sees it: fake tensors in and out."""
+
+    packet: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    sizes: Sequence[int]
+    """Bytes of each new storage among the results, in order."""
 
 
 class Kernels:
-    def __init__(self, compute_capability: tuple[int, int] = (9, 0)) -> None:
-        self.compute_capability = compute_capability
-        self._handles: set[str] = set()
+    """The kernels of one architecture in one process; remembers which handles have their workspace."""
 
-    def writes_in_place(self, func: Any, args: Any) -> bool:
-        return False
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+        self._handles: set[tuple[str, str]] = set()
 
-    def layout(self, func: Any, args: Any, kwargs: Any, outputs: Any, sizes: list[int], thread: str) -> Iterator[Step]:
-        packet = func._overloadpacket
-        order = range(len(sizes))
-        if packet is aten.native_dropout:
-            order = reversed(order)
-        if packet is aten._scaled_dot_product_flash_attention:
-            for i in (2, 3, 0, 1):
-                if i < len(sizes) and sizes[i]:
-                    yield ("output", i)
-            for i in range(4, len(sizes)):
-                yield ("output", i)
-            yield ("temporary", 256)
-            return
-        if packet is aten.embedding and not args[1].is_contiguous():
-            yield ("temporary", args[1].numel() * args[1].element_size())
-        for i in order:
-            yield ("output", i)
-        if packet is aten.embedding_dense_backward and not args[1].is_contiguous():
-            yield ("temporary", args[1].numel() * args[1].element_size())
-        if packet is aten.sum and isinstance(args[0], torch.Tensor):
-            dims = args[1] if len(args) > 1 and args[1] else ()
-            needed = staging(args[0], tuple(dims), accumulator_bytes=4, num_sms=132, threads_per_sm=2048)
-            if needed.buffer_bytes:
-                yield ("temporary", needed.buffer_bytes)
-                yield ("temporary", needed.semaphore_bytes)
-        if packet in GEMMS and thread not in self._handles:
-            self._handles.add(thread)
-            yield ("kept", 32 * MIB)
-        if packet is aten.addmm and "lt" not in self._handles:
-            self._handles.add("lt")
-            yield ("kept", MIB)
-        if packet is aten._scaled_dot_product_flash_attention_backward:
-            q = args[1]; b,h,n,d = q.shape
-            yield ("temporary", b*h*n*d*4 + b*h*n*4 + 256)
+    def layout(self, call: Call, thread: str) -> Iterator[Step]:
+        """The allocations and frees of ``call``, made by the autograd engine's thread or by the main one."""
+        rule = _RULES.get(call.packet)
+        if rule is None:
+            for index in range(len(call.sizes)):
+                yield "output", index
+        else:
+            yield from rule(call, self.architecture)
+        if call.packet in _GEMMS:
+            yield from self._workspace("cublas", thread, self.architecture.cublas_workspace_bytes)
+            if call.packet is aten.addmm:
+                yield from self._workspace("cublaslt", thread, self.architecture.cublaslt_workspace_bytes)
+
+    def _workspace(self, library: str, thread: str, size: int) -> Iterator[Step]:
+        if (library, thread) not in self._handles:
+            self._handles.add((library, thread))
+            yield "kept", size
 
 
-GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
+_GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addmv, aten.mv}
+
+Rule = Callable[[Call, Architecture], Iterator[Step]]
+_RULES: dict[Any, Rule] = {}
+
+
+def _rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        for name in names:
+            packet = getattr(aten, name, None)
+            if packet is not None:  # an operator that this version of torch lacks is never called
+                _RULES[packet] = rule
+        return rule
+
+    return register
+
+
+def _outputs(call: Call) -> Iterator[Step]:
+    for index in range(len(call.sizes)):
+        yield "output", index
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@_rule("native_dropout")
+def _dropout(call: Call, _: Architecture) -> Iterator[Step]:
+    """The mask is made before the result (``dropout_cuda``, aten/src/ATen/native/cuda/Dropout.cu)."""
+    for index in reversed(range(len(call.sizes))):
+        yield "output", index
+
+
+@_rule("sum", "mean", "amax", "amin", "prod", "linalg_vector_norm", "any", "all", "max", "min", "nansum")
+def _reduction(call: Call, architecture: Architecture) -> Iterator[Step]:
+    """Partial results of reductions that span several thread blocks (``planner.virtual.reductions``)."""
+    yield from _outputs(call)
+    tensor = call.args[0]
+    if isinstance(tensor, torch.Tensor) and tensor.numel() > 0:
+        position = 2 if call.packet is aten.linalg_vector_norm else 1
+        dims = call.args[position] if len(call.args) > position else call.kwargs.get("dim")
+        dims = (dims,) if isinstance(dims, int) and not isinstance(dims, bool) else dims
+        loops = reduction_loops(tensor, tuple(dims) if isinstance(dims, (list, tuple)) else ())
+        accumulator = max(4, tensor.element_size())
+        reduced = tuple(flag for _, _, flag in loops)
+        numbers = tuple(number for size, stride, _ in loops for number in (size, stride))
+        for size_of in (staging_buffer_bytes, semaphore_bytes):
+
+            def size(*flat: int, size_of: Callable[..., int] = size_of) -> int:
+                pairs = zip(flat[::2], flat[1::2], reduced, strict=True)
+                found: list[Loop] = list(pairs)
+                return size_of(accumulator, architecture.num_sms, architecture.threads_per_sm, found)
+
+            yield "temporary", Formula(size, numbers)
+
+
+@_rule("embedding")
+def _embedding(call: Call, _: Architecture) -> Iterator[Step]:
+    """``index_select`` on indices flattened by a copy where they are not contiguous (aten/src/ATen/native/Embedding.cpp)."""
+    indices = call.args[1]
+    if not indices.is_contiguous():
+        yield "temporary", _bytes(indices)
+    yield from _outputs(call)
+
+
+@_rule("embedding_dense_backward")
+def _embedding_backward(call: Call, _: Architecture) -> Iterator[Step]:
+    """More than 3072 indices are sorted and summed by segments: aten/src/ATen/native/cuda/Embedding.cu, EmbeddingBackwardKernel.cu.
+
+    Temporaries as in the recorded trace of gpt2; 10 is ``NROWS_PER_THREAD``; partial sums are float32.
+    """
+    grad, indices, num_weights = call.args[0], call.args[1], call.args[2]
+    if not indices.is_contiguous():
+        yield "temporary", _bytes(indices)
+    count = indices.numel()
+
+    def sorting(size: Callable[[int], int]) -> Step:
+        return "temporary", Formula(lambda number: size(number) if number > 3072 else 0, (count,))
+
+    def partial(number: int) -> int:
+        return number // 10 + min(number, num_weights)
+
+    yield sorting(lambda number: 8 * number)  # sorted indices
+    yield sorting(lambda number: 8 * number)  # where each came from
+    yield sorting(lambda number: 8 * number)
+    yield sorting(lambda number: 8 * number + 50_687)  # cub's radix sort
+    yield "free", 0
+    yield "free", 0
+    yield from _outputs(call)
+    for size in (lambda number: 8 * number, lambda _: 8, lambda number: 8 * number, lambda number: 8 * number, lambda _: 8):
+        yield sorting(size)
+    yield sorting(lambda number: 8 * partial(number))
+    yield sorting(lambda number: 4 * partial(number) * grad.shape[-1])
+
+
+@_rule("_scaled_dot_product_cudnn_attention")
+def _cudnn_attention(call: Call, _: Architecture) -> Iterator[Step]:
+    """Seed and offset, result, log-sum-exp, then a workspace of 256 B: recorded traces of bert-large and gpt2."""
+    yield "output", 2
+    yield "output", 3
+    yield "output", 0
+    yield "output", 1
+    yield "temporary", 256
+
+
+@_rule("_scaled_dot_product_cudnn_attention_backward")
+def _cudnn_attention_backward(call: Call, _: Architecture) -> Iterator[Step]:
+    """Queries' gradient and the rows' sums in float32, in one workspace: recorded traces of bert-large, gpt2 and vit-large."""
+    yield from _outputs(call)
+    batch, heads, length, head_dim = call.args[1].shape
+    yield "temporary", 4 * batch * heads * length * (head_dim + 1) + 256
+
+
+@_rule("_scaled_dot_product_flash_attention")
+def _flash_attention(call: Call, _: Architecture) -> Iterator[Step]:
+    """Result, log-sum-exp, then the random state: ``mha_fwd`` in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp."""
+    yield from _outputs(call)
+
+
+@_rule("_scaled_dot_product_flash_attention_backward")
+def _flash_attention_backward(call: Call, _: Architecture) -> Iterator[Step]:
+    """``mha_bwd``: gradients, ``softmax_d``, the queries' gradient in float32, and expanded gradients for grouped heads."""
+    yield from _outputs(call)
+    query, key = call.args[1], call.args[2]
+    batch, heads, length, head_dim = query.shape
+    rounded = -(-length // 128) * 128
+    width = 32 if head_dim <= 128 else 64
+    yield "temporary", 4 * batch * heads * rounded
+    yield "temporary", 4 * batch * rounded * heads * (-(-head_dim // width) * width)
+    if key.shape[1] != heads:
+        expanded = batch * key.shape[2] * heads * head_dim * key.element_size()
+        yield "temporary", expanded
+        yield "temporary", expanded

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from planner.errors import ModelError
 from planner.virtual import values
 from planner.virtual.backend import NAME
-from planner.virtual.kernels import Kernels
+from planner.virtual.kernels import Call, Kernels
 from planner.virtual.trace import Trace
 
 aten = torch.ops.aten
@@ -93,16 +93,18 @@ class Recorder(TorchDispatchMode):
                 storage = item.untyped_storage()
                 if storage.nbytes() and storage._cdata not in self._live and all(storage._cdata != other._cdata for other, _ in born):
                     born.append((storage, storage.nbytes()))
-        if not touched and not self.kernels.writes_in_place(func, args):
+        if not touched:
             return
         name = func._schema.name
         trace = self.trace
         temporaries: list[int] = []
-        for kind, value in self.kernels.layout(func, args, kwargs, outputs, [size for _, size in born], self._thread()):
+        call = Call(func._overloadpacket, args, kwargs, [size for _, size in born])
+        for kind, value in self.kernels.layout(call, self._thread()):
             if kind == "output":
+                assert isinstance(value, int)
                 self._birth(*born[value], name)
             elif kind == "free":
-                trace.free(temporaries.pop(value))
+                trace.free(temporaries.pop())
             else:
                 block = trace.allocate(value, name)
                 if kind == "temporary":

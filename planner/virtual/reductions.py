@@ -1,6 +1,6 @@
 """The staging buffer of CUDA reductions that span several thread blocks.
 
-``launch_configuration`` follows ``setReduceConfig`` and ``ReduceConfig`` in aten/src/ATen/native/cuda/Reduce.cuh. When there are few outputs
+``staging_buffer_bytes`` follows ``setReduceConfig`` and ``ReduceConfig`` in aten/src/ATen/native/cuda/Reduce.cuh. When there are few outputs
 and many inputs for each, the inputs are divided among blocks, and the partial results meet in global memory: a buffer and
 one semaphore for each block, from the caching allocator, freed when the kernel was launched. The buffer is large: a sum of
 ``[2048, 1024]`` bf16 over its rows takes 16 MiB for 2 KiB of result (seen in the recorded trace of bert-large).
@@ -8,7 +8,7 @@ one semaphore for each block, from the caching allocator, freed when the kernel 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
@@ -17,39 +17,33 @@ MAX_THREADS = 512
 MIN_VALUES, MAX_VALUES = 16, 256  # per thread
 
 
-@dataclass(frozen=True, slots=True)
-class Staging:
-    """Bytes that one reduction takes beside its output; both 0 when one block does each output alone."""
-
-    buffer_bytes: int
-    semaphore_bytes: int
+Loop = tuple[int, int, bool]
+"""One dimension: size, stride in elements, whether it is reduced."""
 
 
-NONE = Staging(0, 0)
-
-
-def staging(
-    tensor: torch.Tensor,
-    dims: tuple[int, ...],
-    *,
-    accumulator_bytes: int,
-    num_sms: int,
-    threads_per_sm: int,
-) -> Staging:
-    """What reducing ``tensor`` over ``dims`` (all when empty) allocates for the time of the kernel.
+def staging_buffer_bytes(accumulator_bytes: int, num_sms: int, threads_per_sm: int, loops: Sequence[Loop]) -> int:
+    """Bytes of the partial results that a reduction over ``loops`` (see ``reduction_loops``) takes beside its output; 0 for none.
 
     ``accumulator_bytes`` is the size of one partial result: 4 for sums of floats up to 32 bits.
     """
-    loops = _loops(tensor, dims)
-    num_inputs = 1
-    num_outputs = 1
+    return _staging(accumulator_bytes, num_sms, threads_per_sm, loops)[0]
+
+
+def semaphore_bytes(accumulator_bytes: int, num_sms: int, threads_per_sm: int, loops: Sequence[Loop]) -> int:
+    """Bytes of the counters by which a reduction's blocks find the last one; 0 where there is no buffer."""
+    return _staging(accumulator_bytes, num_sms, threads_per_sm, loops)[1]
+
+
+def _staging(accumulator_bytes: int, num_sms: int, threads_per_sm: int, loops: Sequence[Loop]) -> tuple[int, int]:
+    """``setReduceConfig`` and ``ReduceConfig::global_memory_size``, ``semaphore_size``."""
+    num_inputs = num_outputs = 1
     for size, _, reduced in loops:
         if reduced:
             num_inputs *= size
         else:
             num_outputs *= size
     if num_inputs <= 1 or num_outputs == 0:
-        return NONE
+        return 0, 0
     num_reduced = sum(1 for _, _, reduced in loops if reduced)
     reduces_fastest = num_reduced == len(loops) or loops[0][1] < loops[num_reduced][1]
     fastest_stride = loops[0][1] if reduces_fastest else loops[num_reduced][1]
@@ -66,24 +60,24 @@ def staging(
     step_input = width if reduces_fastest else 1
     step_output = 1 if reduces_fastest else width
     if _div_up(num_inputs, step_input) < min(height * 16, MAX_VALUES):
-        return NONE
+        return 0, 0
     step_input *= height
     values = _div_up(num_inputs, step_input)
     grid = _div_up(num_outputs // output_vector, step_output)
     target = num_sms * (threads_per_sm // (width * height))
     if values < MAX_VALUES or grid > target:
-        return NONE
+        return 0, 0
     blocks = max(min(_div_up(target, grid), _div_up(values, MIN_VALUES)), _div_up(values, MAX_VALUES))
     if blocks <= 1:
-        return NONE
+        return 0, 0
     buffer = accumulator_bytes * num_outputs * blocks
     if not reduces_fastest:
         buffer *= width * output_vector
-    return Staging(buffer, 4 * grid)
+    return buffer, 4 * grid
 
 
-def _loops(tensor: torch.Tensor, dims: tuple[int, ...]) -> list[tuple[int, int, bool]]:
-    """``(size, stride in elements, reduced)``, reduced first, each by ascending stride, neighbours coalesced.
+def reduction_loops(tensor: torch.Tensor, dims: tuple[int, ...]) -> list[Loop]:
+    """The dimensions of ``tensor`` when it is reduced over ``dims`` (all when empty): reduced first, each by ascending stride, neighbours coalesced.
 
     As ``TensorIteratorBase::reorder_dimensions`` and ``coalesce_dimensions`` leave them (aten/src/ATen/TensorIterator.cpp).
     """
@@ -95,7 +89,7 @@ def _loops(tensor: torch.Tensor, dims: tuple[int, ...]) -> list[tuple[int, int, 
     ]
     loops.reverse()
     loops.sort(key=lambda loop: (not loop[2], loop[1]))
-    merged: list[tuple[int, int, bool]] = []
+    merged: list[Loop] = []
     for size, stride, reduced in loops:
         if merged and merged[-1][2] == reduced and merged[-1][0] * merged[-1][1] == stride:
             merged[-1] = (merged[-1][0] * size, merged[-1][1], reduced)
@@ -104,7 +98,7 @@ def _loops(tensor: torch.Tensor, dims: tuple[int, ...]) -> list[tuple[int, int, 
     return merged or [(1, 1, True)]
 
 
-def _output_vector(loops: list[tuple[int, int, bool]], num_reduced: int) -> int:
+def _output_vector(loops: Sequence[Loop], num_reduced: int) -> int:
     """``get_output_vec_size``: outputs that a thread makes at once, at most 4, as sizes and strides allow."""
     vector = 4
     size = loops[num_reduced][0]

@@ -2,30 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """A temporary whose size is not affine in the batch size, though the numbers that it follows from are.
+
+    A kernel's rule gives its temporaries in this form even where they are empty, so that the order of events is the same at every
+    batch size.
+    """
+
+    function: Callable[..., int]
+    numbers: tuple[int, ...]
+    """Dimensions and strides: each affine in the batch size."""
+
+    def size(self) -> int:
+        """Bytes."""
+        return self.function(*self.numbers)
+
+    def between(self, other: Formula, low: int, high: int, batch_size: int) -> int:
+        """Bytes at ``batch_size``, where this formula was seen at batch size ``low`` and ``other`` at ``high``."""
+        return self.function(
+            *(a + (b - a) * (batch_size - low) // (high - low) for a, b in zip(self.numbers, other.numbers, strict=True))
+        )
 
 
 @dataclass(slots=True)
 class Trace:
-    """Events in order. ``events[i] >= 0``: block number ``events[i]`` is allocated; ``-1 - n``: block ``n`` is freed."""
+    """Events in order, as ``planner.allocator.Events`` has them: ``i`` allocates block ``i``, ``~i`` frees it."""
 
     events: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     """Requested bytes of each block, by block number."""
     operators: list[str] = field(default_factory=list)
     """The operator that allocated each block."""
+    formulas: dict[int, Formula] = field(default_factory=dict)
+    """Of the blocks whose size follows from a formula."""
     marks: list[tuple[int, str]] = field(default_factory=list)
     """``(index into events, name)``: where a phase begins."""
+    unmodelled: dict[str, int] = field(default_factory=dict)
+    """Operators whose kernels take temporary memory that no rule describes -> the most bytes that one call read and wrote."""
+    notes: list[str] = field(default_factory=list)
+    """Assumptions that a reader of the figures must know."""
 
-    def allocate(self, size: int, operator: str) -> int:
+    def allocate(self, size: int | Formula, operator: str) -> int:
+        """A new block of ``size`` bytes; returns its number."""
         block = len(self.sizes)
+        if isinstance(size, Formula):
+            self.formulas[block] = size
+            size = size.size()
         self.sizes.append(size)
         self.operators.append(operator)
         self.events.append(block)
         return block
 
     def free(self, block: int) -> None:
-        self.events.append(-1 - block)
+        self.events.append(~block)
 
     def mark(self, name: str) -> None:
         self.marks.append((len(self.events), name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -9,25 +10,30 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from planner.specs.model import Spec, Variant
 from planner.virtual import attention, autocast, backend
+from planner.virtual.architecture import Architecture
 from planner.virtual.kernels import Kernels
 from planner.virtual.recorder import Recorder
 from planner.virtual.trace import Trace
 
 
-def prepare(compute_capability: tuple[int, int]) -> torch.device:
-    """Install the virtual device in this process as a GPU of ``compute_capability``."""
+@functools.cache
+def prepare(architecture: Architecture) -> torch.device:
+    """Install the virtual device in this process as a GPU of ``architecture``."""
     device = backend.install()
     autocast.install()
-    attention.install(compute_capability)
+    attention.install(architecture)
     _show_values_to_transformers()
     return device
 
 
-def trace_steps(spec: Spec, variant: Variant, batch_size: int, device: torch.device, *, num_steps: int = 3) -> Trace:
+def trace_steps(
+    spec: Spec, variant: Variant, batch_size: int, architecture: Architecture, *, num_steps: int = 3
+) -> Trace:
     """Build the model, move it and take ``num_steps`` training steps, all without storage."""
     from planner.training import Training, build_model
 
-    recorder = Recorder(Kernels())
+    device = prepare(architecture)
+    recorder = Recorder(Kernels(architecture))
     with FakeTensorMode(allow_non_fake_inputs=True), recorder:
         model = build_model(spec)
         recorder.trace.mark("move")

@@ -1,0 +1,92 @@
+"""The process that traces: it imports torch and the user's model, and answers with predictions.
+
+torch is changed for the whole process here (``planner.virtual.backend``), hence a process of its own for each variant.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from planner.allocator import AllocatorConfig, parse_conf
+from planner.errors import ModelError, PlannerError
+from planner.processes import serve
+from planner.specs.document import parse_spec
+from planner.specs.model import Checkpointing, Compile, Precision, Variant
+from planner.virtual.prediction import predict_trial
+from planner.virtual.scaling import TraceFamily
+
+
+class Predictor:
+    """One variant of one spec on one virtual GPU."""
+
+    def __init__(self) -> None:
+        self._family: TraceFamily | None = None
+        self._config = AllocatorConfig()
+        self._capacity_bytes = self._device_total_bytes = 0
+
+    def open(
+        self,
+        *,
+        spec: Mapping[str, Any],
+        variant: Mapping[str, str],
+        compute_capability: list[int],
+        num_sms: int,
+        capacity_bytes: int,
+        device_total_bytes: int,
+        allocator_conf: str,
+    ) -> Mapping[str, Any]:
+        """Get ready: import torch and the model's library. Nothing is traced yet."""
+        import torch
+
+        from planner.virtual.architecture import Architecture
+        from planner.virtual.tracing import trace_steps
+
+        torch.set_num_threads(1)
+        major, minor = torch.__version__.split(".")[:2]
+        architecture = Architecture(
+            compute_capability=(compute_capability[0], compute_capability[1]),
+            num_sms=num_sms,
+            torch_version=(int(major), int(minor)),
+        )
+        parsed = parse_spec(spec)
+        chosen = Variant(
+            precision=Precision(variant["precision"]),
+            checkpointing=Checkpointing(variant["checkpointing"]),
+            compile=Compile(variant["compile"]),
+        )
+        self._config = parse_conf(allocator_conf)
+        self._capacity_bytes, self._device_total_bytes = capacity_bytes, device_total_bytes
+        self._family = TraceFamily(lambda size: trace_steps(parsed, chosen, size, architecture))
+        return {}
+
+    def trial(self, *, batch_size: int) -> Mapping[str, Any]:
+        """Predict one batch size; the model's own failure becomes a ``ModelError`` that quotes it."""
+        assert self._family is not None, "open comes first"
+        try:
+            return predict_trial(
+                self._family,
+                batch_size,
+                config=self._config,
+                capacity_bytes=self._capacity_bytes,
+                device_total_bytes=self._device_total_bytes,
+            )
+        except PlannerError:
+            raise
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            raise ModelError(
+                f"the training step raised {type(error).__name__}: {text[0] if text else '(no message)'}", field="model"
+            ) from error
+
+
+def main() -> None:
+    # Weights are never loaded here, and a hub must not be asked for anything.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    predictor = Predictor()
+    serve({"open": predictor.open, "trial": predictor.trial})
+
+
+if __name__ == "__main__":
+    main()

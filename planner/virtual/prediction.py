@@ -1,0 +1,88 @@
+"""From scaled events to a trial: the replay under a capacity, and how far to trust it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planner.allocator import AllocatorConfig, replay
+from planner.units import MIB, format_bytes
+from planner.virtual.scaling import Scaled, TraceFamily
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """How far predictions were from measurements, on the cases of ``docs/prediction.md``."""
+
+    relative: float
+    """Half the interval's width, as a share of the bytes needed."""
+    absolute_bytes: int
+    basis: str
+
+
+MEASURED_ACCURACY = Accuracy(
+    relative=0.02,
+    absolute_bytes=64 * MIB,
+    basis="2% and 64 MiB either side: wider than every error on the measured cases (docs/prediction.md)",
+)
+
+
+def predict_trial(
+    family: TraceFamily, batch_size: int, *, config: AllocatorConfig, capacity_bytes: int, device_total_bytes: int
+) -> dict[str, Any]:
+    """The outcome, peaks and needed bytes of ``batch_size`` under ``capacity_bytes``, as JSON data.
+
+    ``needed``: the smallest capacity under which the step runs, between its peak of allocated bytes and what it would reserve with
+    no limit, with the interval that the true figure is expected in.
+    """
+    scaled = family.scaled(batch_size)
+
+    def run(capacity: int | None) -> Any:
+        return replay(scaled.events, config, capacity, device_total_bytes=device_total_bytes)
+
+    limited = run(capacity_bytes)
+    free = run(None)
+    needed = _needed(run, free.peak_allocated_bytes, free.peak_reserved_bytes)
+    accuracy = MEASURED_ACCURACY
+    doubt = int(needed * accuracy.relative) + accuracy.absolute_bytes
+    low_doubt = high_doubt = doubt
+    basis = accuracy.basis
+    for operator, size in unmodelled(scaled).items():
+        low_doubt, high_doubt = low_doubt + size, high_doubt + size
+        basis += f"; {operator}: {format_bytes(size)} either side, its temporary memory is not modelled"
+    reply: dict[str, Any] = {
+        "fits": limited.fits,
+        # Where memory ran out the peaks are those of a run with no limit: what the batch would take.
+        "peak_allocated_bytes": (limited if limited.fits else free).peak_allocated_bytes,
+        "peak_reserved_bytes": (limited if limited.fits else free).peak_reserved_bytes,
+        "num_alloc_retries": limited.num_alloc_retries,
+        "needed": {"bytes": needed, "low_bytes": max(0, needed - low_doubt), "high_bytes": needed + high_doubt, "basis": basis},
+        "traced": scaled.exact,
+        "traced_batch_sizes": list(family.traced_sizes),
+        "unmodelled": sorted(unmodelled(scaled)),
+        "notes": list(scaled.trace.notes),
+    }
+    if limited.oom is not None:
+        reply["error"] = str(limited.oom.error)
+    return reply
+
+
+def unmodelled(scaled: Scaled) -> Mapping[str, int]:
+    """Operators of the step whose temporary memory is not modelled, with the most bytes that one call of each touched."""
+    return scaled.trace.unmodelled
+
+
+_NEEDED_PRECISION = 1 / 256
+
+
+def _needed(run: Any, allocated: int, reserved: int) -> int:
+    """The smallest capacity that suffices, by bisection, to 1/256 of what is needed."""
+    low, high = allocated, reserved
+    while high - low > max(2 * MIB, int(high * _NEEDED_PRECISION)):
+        middle = (low + high) // 2
+        if run(middle).fits:
+            high = middle
+        else:
+            low = middle
+    return high

@@ -1,0 +1,77 @@
+"""A step's memory events at any batch size, from traces at a few.
+
+Almost every tensor's size is affine in the batch size, and the order of events does not depend on it; so the events between two traced
+sizes, and beyond them, follow from the two. Peaks are *not* affine (blocks are reused, sizes rounded), which is why the events are scaled
+and replayed rather than the peaks. Where two traces differ in their order (a kernel takes another path above some size), the
+nearest trace with the same order as the next one up is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from planner.allocator import Events
+from planner.virtual.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """The events at one batch size and where they come from."""
+
+    events: Events
+    trace: Trace
+    """The trace whose order of events they have."""
+    exact: bool
+    """Traced at this very batch size, not scaled."""
+
+
+class TraceFamily:
+    """The traces of one variant, taken when they are needed: ``trace(batch_size)`` runs the step on the virtual device."""
+
+    def __init__(self, trace: Callable[[int], Trace]) -> None:
+        self._trace = trace
+        self._traces: dict[int, Trace] = {}
+
+    @property
+    def traced_sizes(self) -> tuple[int, ...]:
+        return tuple(sorted(self._traces))
+
+    def traced(self, batch_size: int) -> Scaled:
+        """The events at ``batch_size`` from a trace of its own."""
+        trace = self._traces.get(batch_size)
+        if trace is None:
+            trace = self._traces[batch_size] = self._trace(batch_size)
+        return Scaled(Events(trace.events, trace.sizes), trace, True)
+
+    def scaled(self, batch_size: int) -> Scaled:
+        """The events at ``batch_size``, scaled from the two nearest traces that agree, traced where there are none."""
+        if batch_size in self._traces or batch_size <= _FIRST[1]:
+            return self.traced(batch_size)
+        for size in _FIRST:
+            self.traced(size)
+        pair = self._nearest_pair(batch_size)
+        if pair is None:
+            return self.traced(batch_size)
+        low, high = pair
+        first, second = self._traces[low], self._traces[high]
+        sizes = [
+            a if a == b else max(0, a + (b - a) * (batch_size - low) // (high - low))
+            for a, b in zip(first.sizes, second.sizes, strict=True)
+        ]
+        for block, formula in first.formulas.items():
+            sizes[block] = formula.between(second.formulas[block], low, high, batch_size)
+        return Scaled(Events(second.events, sizes), second, False)
+
+    def _nearest_pair(self, batch_size: int) -> tuple[int, int] | None:
+        """Two traced sizes with the same events: around ``batch_size`` if possible, else the nearest below or above it."""
+        by_distance = sorted(self._traces, key=lambda size: abs(size - batch_size))
+        for position, nearest in enumerate(by_distance):
+            for other in by_distance[position + 1 :]:
+                if self._traces[nearest].events == self._traces[other].events:
+                    return min(nearest, other), max(nearest, other)
+        return None
+
+
+_FIRST = (2, 5)
+"""Where a family is traced first. Not 1: dimensions of size 1 make tensors contiguous that otherwise are not."""
