@@ -111,11 +111,13 @@ def choosing(device: ThresholdDevice) -> Callable[[str | None, int | None, bool]
     return choose
 
 
-def raising(error: Exception) -> Callable[[int], None]:
-    def before(batch_size: int) -> None:
+def raising(error: Exception) -> Callable[..., Any]:
+    """A function that raises ``error`` whatever it is given."""
+
+    def fail(*_: object, **__: object) -> Any:
         raise error
 
-    return before
+    return fail
 
 
 MODEL_ERROR = ModelError("the model raised ValueError: no such layer", field="model.config.n_layer")

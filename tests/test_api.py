@@ -12,13 +12,13 @@ import pytest
 import yaml
 from api_fakes import GPT2, ONE_VARIANT, USER_CODE, store_plan
 from fastapi.testclient import TestClient
+from planner_api.app import create_app
+from planner_api.settings import Settings
 
 from planner.jobs import JobState
 from planner.store import Store
 from planner.trials import Source
 from planner.units import GIB
-from planner_api.app import create_app
-from planner_api.settings import Settings
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -10,12 +11,12 @@ import httpx
 import pytest
 from api_fakes import GPT2, ONE_VARIANT, serving
 from fastapi.testclient import TestClient
+from planner_api.app import create_app
+from planner_api.settings import Settings
 
 from planner.client import ServiceClient, ServiceEvent, parse_events
 from planner.jobs import Claim, JobKind, JobRequest, JobState
 from planner.store import Store
-from planner_api.app import create_app
-from planner_api.settings import Settings
 
 
 @pytest.fixture
@@ -85,13 +86,20 @@ def test_events_come_while_the_job_runs_and_end_with_it(store: Store, claim: Cla
     assert arrived[2][0] < finished, "the event waited for the end of the job"
 
 
+def follow_to_the_end(url: str, claim: Claim) -> None:
+    with contextlib.suppress(httpx.TransportError):
+        read(url, claim)
+
+
 def test_a_server_that_stops_ends_its_streams(store: Store, claim: Claim) -> None:
     with serving(create_app(store, Settings(events_poll_s=0.05))) as url:
-        thread = threading.Thread(target=lambda: pytest.raises(httpx.TransportError, read, url, claim), daemon=True)
+        thread = threading.Thread(target=follow_to_the_end, args=(url, claim), daemon=True)
         thread.start()
         time.sleep(0.3)
         started = time.monotonic()
     assert time.monotonic() - started < 8
+    thread.join(timeout=5)
+    assert not thread.is_alive()
 
 
 def test_an_idle_stream_asks_the_store_no_more_often_than_set(

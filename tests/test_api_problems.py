@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from api_fakes import GPT2, ONE_VARIANT
 from fastapi.testclient import TestClient
+from planner_api import problems
+from planner_api.app import create_app
+from planner_api.settings import Settings
 
 from planner import errors
 from planner.errors import PlannerError, StoreError
 from planner.store import Store
-from planner_api import problems
-from planner_api.app import create_app
-from planner_api.settings import Settings
 
 QUESTION = {"spec": ONE_VARIANT, "gpu": "h200", "batch_size": 4}
 

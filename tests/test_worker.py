@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 import pytest
 from api_fakes import GPT2, MODEL_ERROR, ONE_VARIANT, USER_CODE, ThresholdDevice, choosing, raising, wait_until
 from fastapi.testclient import TestClient
-
-from planner.errors import Conflict, StoreError
-from planner.jobs import Job, JobKind, JobRequest, JobState
-from planner.store import Store
 from planner_api.app import create_app
 from planner_api.settings import Settings
 from planner_workers.worker import Worker
+
+from planner.errors import Conflict, StoreError
+from planner.jobs import Claim, Job, JobKind, JobRequest, JobState
+from planner.store import Store
 
 
 def submit(store: Store, spec: dict[str, Any] = ONE_VARIANT, **changes: Any) -> str:
@@ -86,14 +85,12 @@ def test_a_repeated_job_is_answered_from_the_store(store: Store) -> None:
 
 
 def gate() -> tuple[threading.Event, threading.Event, Callable[[int], None]]:
-    """``(entered, go, before)``: a device that stops in its second trial until ``go``."""
-    entered, go, count = threading.Event(), threading.Event(), [0]
+    """``(entered, go, before)``: a device whose trials wait for ``go``."""
+    entered, go = threading.Event(), threading.Event()
 
     def before(batch_size: int) -> None:
-        count[0] += 1
-        if count[0] == 2:
-            entered.set()
-            assert go.wait(20)
+        entered.set()
+        assert go.wait(20)
 
     return entered, go, before
 
@@ -107,21 +104,21 @@ def test_cancel_stops_after_the_running_trial(store: Store) -> None:
         assert store.cancel_job(job_id).cancel_requested
         go.set()
         assert finished(store, job_id).state is JobState.CANCELLED
-    assert len(device.batch_sizes) == 2
+    assert len(device.batch_sizes) == 1
 
 
 def test_plans_that_were_finished_outlive_a_cancellation(store: Store) -> None:
-    device = ThresholdDevice(largest=9)
+    entered, go, wait = gate()
+    device = ThresholdDevice(before=lambda batch_size: wait(batch_size) if store.count_plans() else None)
     with working(store, device):
         job_id = submit(store, GPT2)
-        wait_until(lambda: any(event.kind == "variant_finished" for event in store.events_after(job_id)))
-        device._before = lambda _: time.sleep(0.3)
+        assert entered.wait(10), "the second variant was not begun"
         store.cancel_job(job_id)
+        go.set()
         job = finished(store, job_id)
-    if job.state is JobState.CANCELLED:
-        assert 1 <= len(job.plan_ids) < 4
-    else:
-        assert len(job.plan_ids) == 4
+    assert job.state is JobState.CANCELLED
+    (plan_id,) = job.plan_ids
+    assert store.get_plan(plan_id).max_batch_size == 9
 
 
 @pytest.mark.parametrize(
@@ -168,33 +165,22 @@ def test_a_stopped_worker_gives_its_job_back(store: Store, monkeypatch: pytest.M
     assert store.get_plan(done.plan_ids[0]).max_batch_size == 9
 
 
-def test_a_worker_that_lost_its_claim_writes_nothing_more(store: Store) -> None:
+def test_a_worker_that_lost_its_claim_writes_nothing_more(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, go, before = gate()
-    with working(store, ThresholdDevice(largest=5, before=before), lease_s=0.3) as slow:
+    with working(store, ThresholdDevice(before=before), lease_s=0.3):
         job_id = submit(store)
         assert entered.wait(10)
-        # The store takes it for dead: as after a network partition.
-        slow.store = store
-        monkey = store.heartbeat
-        try:
-            store.heartbeat = _unreachable  # type: ignore[method-assign]
-            wait_until(lambda: (claim := store.claim_job("other")) is not None and _finish(store, claim), 10)
-        finally:
-            store.heartbeat = monkey  # type: ignore[method-assign]
-        events = len(store.events_after(job_id))
+        with monkeypatch.context() as partition:
+            partition.setattr(store, "heartbeat", raising(StoreError("the database does not answer")))
+            partition.setattr(store, "claim_job", lambda *_, **__: None)
+            other: list[Claim] = []
+            wait_until(lambda: (claim := Store.claim_job(store, "other")) is not None and not other.append(claim))
+        store.finish_job(other[0], JobState.SUCCEEDED)
+        events = store.events_after(job_id)
         go.set()
     job = store.get_job(job_id)
-    assert (job.state, job.worker) == (JobState.SUCCEEDED, "other")
-    assert len(store.events_after(job_id)) == events
-
-
-def _unreachable(*_: object) -> bool:
-    raise StoreError("the database does not answer")
-
-
-def _finish(store: Store, claim: Any) -> bool:
-    store.finish_job(claim, JobState.SUCCEEDED)
-    return True
+    assert (job.state, job.worker, job.attempt) == (JobState.SUCCEEDED, "other", 2)
+    assert store.events_after(job_id) == events
 
 
 def test_a_store_that_is_away_for_a_moment_does_not_end_the_worker(

@@ -72,7 +72,7 @@ def newest_answers(plans: Iterable[Plan]) -> list[Plan]:
 
 
 def chart(plans: Sequence[Plan]) -> dict[str, Any] | None:
-    """Peak reserved memory against capacity, a bar for each plan that anything fits in, in GiB; ``None`` without any."""
+    """Peak reserved bytes against capacity in GiB, a bar for each plan in which anything fits; ``None`` without any."""
     shown = [plan for plan in plans if plan.peaks is not None and plan.max_batch_size != 0]
     if not shown:
         return None

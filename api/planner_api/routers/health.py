@@ -33,8 +33,10 @@ def readyz(service: ServiceDep) -> Readiness:
     "/metrics",
     summary="Prometheus metrics",
     response_class=Response,
-    responses={200: {"description": "Text format", "content": {"text/plain": {"schema": {"type": "string"}}}}}
-    | problem_responses(503),
+    responses={
+        200: {"description": "Text format", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **problem_responses(503),
+    },
 )
 def metrics(service: ServiceDep) -> Response:
     return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
