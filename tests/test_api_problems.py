@@ -118,12 +118,19 @@ def test_preflight_needs_a_gpu_and_a_batch_size(client: TestClient, missing: str
 @pytest.mark.parametrize(
     ("query", "field", "suggestion"),
     [
-        ("gpu=h2000", "gpu", "h200"), ("batch_size=0", "batch_size", None), ("batch_size=1e3", "batch_size", None),
-        ("batch_size=%C2%B2", "batch_size", None), ("batch_size=4&batch_size=5", "batch_size", None), ("batchsize=4", "batchsize", "batch_size"),
-        ("capacity=", "capacity", None), ("fresh=maybe", "fresh", None), ("spec=x", "spec", None), ("kind=measure", "kind", None),
+        ("gpu=h2000", "gpu", "h200"),
+        ("batch_size=0", "batch_size", None),
+        ("batch_size=1e3", "batch_size", None),
+        ("batch_size=%C2%B2", "batch_size", None),
+        ("batch_size=4&batch_size=5", "batch_size", None),
+        ("batchsize=4", "batchsize", "batch_size"),
+        ("capacity=", "capacity", None),
+        ("fresh=maybe", "fresh", None),
+        ("spec=x", "spec", None),
+        ("kind=measure", "kind", None),
         ("capacity=9999999999999999TiB", "capacity", None),
     ],
-)  # fmt: skip
+)
 def test_a_bad_query_beside_a_bare_spec(
     client: TestClient, store: Store, query: str, field: str, suggestion: str | None
 ) -> None:
@@ -139,12 +146,19 @@ def test_a_value_given_twice(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("body", "content_type"),
     [
-        (b"", "application/json"), (b"{", "application/json"), (b"[1]", "application/json"), (b"3", "application/json"),
-        (b"\xff\xfe\x00", "application/json"), (b"[" * 9_000, "application/json"), (b'{"a": 1, "a": 2}', "application/json"),
-        (b"a: [", "application/yaml"), (b"- 1", "application/yaml"), (b"!!python/object:os.system {}", "application/yaml"),
+        (b"", "application/json"),
+        (b"{", "application/json"),
+        (b"[1]", "application/json"),
+        (b"3", "application/json"),
+        (b"\xff\xfe\x00", "application/json"),
+        (b"[" * 9_000, "application/json"),
+        (b'{"a": 1, "a": 2}', "application/json"),
+        (b"a: [", "application/yaml"),
+        (b"- 1", "application/yaml"),
+        (b"!!python/object:os.system {}", "application/yaml"),
         (b"a: 1\na: 2", "application/yaml"),
     ],
-)  # fmt: skip
+)
 def test_a_body_that_cannot_be_read(client: TestClient, body: bytes, content_type: str) -> None:
     problem(client.post("/v1/jobs", content=body, headers={"Content-Type": content_type}), 400, "malformed_body")
 
@@ -172,19 +186,27 @@ def test_other_content_types(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/v1/nothing", 404, "not_found"), ("DELETE", "/v1/jobs", 405, "method_not_allowed"),
-        ("GET", "/v1/preflight", 405, "method_not_allowed"), ("GET", "/static/../app.py", 404, "not_found"),
-        ("GET", "/v1/jobs/01ARZ3NDEKTSV4RRFFQ69G5FAV", 404, "not_found"), ("GET", "/v1/jobs/%00", 422, "invalid_argument"),
+        ("GET", "/v1/nothing", 404, "not_found"),
+        ("DELETE", "/v1/jobs", 405, "method_not_allowed"),
+        ("GET", "/v1/preflight", 405, "method_not_allowed"),
+        ("GET", "/static/../app.py", 404, "not_found"),
+        ("GET", "/v1/jobs/01ARZ3NDEKTSV4RRFFQ69G5FAV", 404, "not_found"),
+        ("GET", "/v1/jobs/%00", 422, "invalid_argument"),
         ("GET", "/v1/jobs/01ARZ3NDEKTSV4RRFFQ69G5FAV/events", 404, "not_found"),
         ("POST", "/v1/jobs/01ARZ3NDEKTSV4RRFFQ69G5FAV/cancel", 404, "not_found"),
-        ("GET", "/v1/jobs?limit=0", 422, "invalid_argument"), ("GET", "/v1/jobs?limit=x", 422, "invalid_argument"),
-        ("GET", "/v1/jobs?cursor=nonsense", 422, "invalid_argument"), ("GET", "/v1/jobs?state=done", 422, "invalid_argument"),
-        ("GET", "/v1/plans?gpu=h2000", 422, "invalid_argument"), ("GET", "/v1/plans?precision=bf16amp", 422, "invalid_argument"),
-        ("GET", "/v1/plans?model=%00", 422, "invalid_argument"), ("GET", "/v1/capacity?batch_size=4", 422, "invalid_argument"),
-        ("GET", "/v1/capacity?model=gpt2", 422, "invalid_argument"), ("GET", "/gpus/h2000", 404, "not_found"),
+        ("GET", "/v1/jobs?limit=0", 422, "invalid_argument"),
+        ("GET", "/v1/jobs?limit=x", 422, "invalid_argument"),
+        ("GET", "/v1/jobs?cursor=nonsense", 422, "invalid_argument"),
+        ("GET", "/v1/jobs?state=done", 422, "invalid_argument"),
+        ("GET", "/v1/plans?gpu=h2000", 422, "invalid_argument"),
+        ("GET", "/v1/plans?precision=bf16amp", 422, "invalid_argument"),
+        ("GET", "/v1/plans?model=%00", 422, "invalid_argument"),
+        ("GET", "/v1/capacity?batch_size=4", 422, "invalid_argument"),
+        ("GET", "/v1/capacity?model=gpt2", 422, "invalid_argument"),
+        ("GET", "/gpus/h2000", 404, "not_found"),
         ("GET", "/v1/plans?spec_hash=xyz", 422, "invalid_argument"),
     ],
-)  # fmt: skip
+)
 def test_routes_and_parameters(client: TestClient, method: str, path: str, status: int, code: str) -> None:
     problem(client.request(method, path), status, code)
 

@@ -1,4 +1,4 @@
-"""The pages in a real Chromium: what they show, that they ask no other host, and that nothing fails in their console."""
+"""The pages in a real Chromium: what they show, that they ask no other host, and that their console stays empty."""
 
 from __future__ import annotations
 
