@@ -21,6 +21,7 @@ help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Create .venv and install the pinned versions into it
+	@echo "$(VENV) is ready."
 
 probe: $(READY) ## Plan examples/gpt2.yaml (SPEC=... GPU=...), print the plans and store them
 	@$(BIN)/planner probe "$(SPEC)" $(if $(GPU),--gpu "$(GPU)")
