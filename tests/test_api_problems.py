@@ -15,8 +15,8 @@ from planner_api import problems
 from planner_api.app import create_app
 from planner_api.settings import Settings
 
-from planner import errors
 from planner.errors import PlannerError, StoreError
+from planner.processes import ChildError
 from planner.store import Store
 
 QUESTION = {"spec": ONE_VARIANT, "gpu": "h200", "batch_size": 4}
@@ -248,9 +248,10 @@ def test_a_defect_is_a_problem_document_without_its_internals(
 
 
 def test_every_code_of_the_tree_has_a_status() -> None:
-    kinds = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, PlannerError)]
-    kinds += [value for value in vars(problems).values() if inspect.isclass(value) and issubclass(value, PlannerError)]
-    assert {kind.code for kind in kinds} <= set(problems.STATUS_OF_CODE)
+    def tree(kind: type[PlannerError]) -> set[str]:
+        return {kind.code}.union(*map(tree, kind.__subclasses__()))
+
+    assert {ChildError.code, StoreError.code} <= tree(PlannerError) <= set(problems.STATUS_OF_CODE)
 
 
 def test_no_other_table_of_statuses() -> None:

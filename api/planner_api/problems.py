@@ -33,6 +33,10 @@ STATUS_OF_CODE: Final[Mapping[str, int]] = {
     "device_busy": 503,
     "device_lost": 503,
     "service_error": 502,
+    # Of planner.processes.
+    "child_error": 500,
+    "child_died": 500,
+    "child_timeout": 504,
     # Of the service itself.
     "malformed_body": 400,
     "bad_request": 400,
