@@ -36,6 +36,8 @@ STATUS_OF_CODE: Final[Mapping[str, int]] = {
     # Of planner.processes.
     "child_error": 500,
     "child_died": 500,
+    "child_garbled": 500,
+    "internal": 500,
     "child_timeout": 504,
     # Of the service itself.
     "malformed_body": 400,
