@@ -89,7 +89,7 @@ def test_a_start_that_is_a_few_percent_off_costs_a_few_trials(threshold, error):
     card = Card(threshold)
     result = search_max_batch(card, start=start, capacity_bytes=card.capacity)
     check_sound(result, card)
-    assert len(result.trials) <= 4 + 2 * math.log2(1 + abs(start - threshold))
+    assert len(result.trials) <= 4 + 2 * math.log2(1 + max(abs(start - threshold), start / 100))
 
 
 @pytest.mark.parametrize("off_by", [-2, -1, 1, 2])
