@@ -33,6 +33,7 @@ STATUS_OF_CODE: Final[Mapping[str, int]] = {
     "device_busy": 503,
     "device_lost": 503,
     "service_error": 502,
+    "trial_failed": 500,
     # Of planner.processes.
     "child_error": 500,
     "child_died": 500,

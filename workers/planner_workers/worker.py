@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Collection, Sequence
-from typing import Final
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Final
 
 import structlog
 
@@ -22,7 +22,7 @@ from planner.selection import Selected, choose_device
 from planner.specs.document import parse_spec
 from planner.store import Store
 from planner.targets import check_targets
-from planner.trials import Plan
+from planner.trials import Plan, PlanStatus
 from planner_workers.events import event_of
 from planner_workers.lease import Lease
 
@@ -115,7 +115,8 @@ class Worker:
 
     def _sweep(self, claim: Claim, lease: Lease, should_stop: Callable[[], bool], stop: threading.Event) -> None:
         plans: list[Plan] = []
-        state, error, complete = JobState.SUCCEEDED, None, False
+        error: Mapping[str, Any] | None = None
+        state, complete = JobState.SUCCEEDED, False
         try:
             complete = self._plan(claim, plans, should_stop)
         except PlannerError as failure:
@@ -128,6 +129,9 @@ class Worker:
             return
         if lease.cancel_requested and not complete:
             state, error = JobState.CANCELLED, None
+        elif complete and not any(plan.status is PlanStatus.PLANNED for plan in plans):
+            # Not one variant could be answered: the first one's reason is the job's.
+            state, error = JobState.FAILED, plans[0].error
         try:
             if stop.is_set() and not complete and state is not JobState.CANCELLED:
                 self.store.release_job(claim)
@@ -163,5 +167,6 @@ class Worker:
             predict_start=selected.predictor,
             listener=listen,
             should_stop=should_stop,
+            worker=self.name,
         )
         return len(plans) == len(spec.variants.product())
