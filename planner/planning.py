@@ -1,0 +1,352 @@
+"""A sweep: the plan of every variant of a spec on one device, with what the store knows and for it to keep.
+
+The command line, the workers and the service all plan through here. Every trial is stored as it ends and every plan as
+its variant ends, so an interruption loses nothing: the next sweep reads back what was run and goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Protocol
+
+from planner.devices import Device, TrialRunner
+from planner.errors import DeviceError, InvalidArgument, InvalidInput, InvalidSpec, PlannerError
+from planner.progress import (
+    Listener,
+    Progress,
+    SweepFinished,
+    SweepStarted,
+    TrialFinished,
+    TrialStarted,
+    VariantFinished,
+    VariantStarted,
+)
+from planner.search import Ask, Search, SearchResult
+from planner.specs.model import Spec, Variant
+from planner.trials import Environment, Outcome, Plan, PlanStatus, Source, Trial
+
+
+class StoredTrial(Protocol):
+    """A trial as a store gives it back, with what it was run on."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def environment(self) -> Environment: ...
+    @property
+    def capacity_bytes(self) -> int: ...
+    @property
+    def trial(self) -> Trial: ...
+
+
+class PlanStore(Protocol):
+    """What planning asks of a store; ``planner.store.Store`` is one."""
+
+    def find_plan(
+        self,
+        spec_hash: str,
+        variant: Variant,
+        environment_key: str,
+        capacity_bytes: int,
+        batch_size: int | None = None,
+    ) -> Plan | None: ...
+
+    def find_trials(
+        self,
+        spec_hash: str,
+        variant: Variant,
+        gpu: str | None = None,
+        environment_key: str | None = None,
+        source: Source | None = None,
+    ) -> Sequence[StoredTrial]: ...
+
+    def add_trial(
+        self,
+        spec: Spec,
+        variant: Variant,
+        environment: Environment,
+        capacity_bytes: int,
+        trial: Trial,
+        worker: str | None = None,
+    ) -> str: ...
+
+    def add_plan(self, spec: Spec, plan: Plan, trial_ids: Sequence[str]) -> str: ...
+
+
+class TrialFailed(PlannerError):
+    """A trial ended twice for another reason than memory: the ``error`` of a failed plan, never raised."""
+
+    code = "trial_failed"
+
+
+class _Stopped(Exception):
+    """``should_stop`` said so between two trials."""
+
+
+class _Unanswered(Exception):
+    """The device gave this variant up; errors of the store and of the listener are not the variant's."""
+
+    def __init__(self, error: PlannerError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextlib.contextmanager
+def _device_errors() -> Iterator[None]:
+    """What keeps one variant from running must not stop the others: told apart from what is wrong for all of them."""
+    try:
+        yield
+    except DeviceError:
+        raise
+    except InvalidInput as error:
+        if isinstance(error, InvalidSpec) and (error.field or "").startswith("variants."):
+            raise _Unanswered(error) from error
+        raise
+    except PlannerError as error:
+        raise _Unanswered(error) from error
+
+
+def plan_sweep(
+    spec: Spec,
+    device: Device,
+    *,
+    store: PlanStore | None = None,
+    batch_size: int | None = None,
+    fresh: bool = False,
+    predict_start: Device | None = None,
+    listener: Listener = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    worker: str | None = None,
+) -> tuple[Plan, ...]:
+    """The plans of all variants, in the spec's order; of one ``batch_size`` in place of the search where it is given.
+
+    A stored answer to the same question stands in for new work, and stored trials of an unfinished search for running
+    them again, unless ``fresh``. ``predict_start`` is the virtual GPU that says where the search on a real one begins.
+    ``should_stop`` is asked between trials; what is finished then is the result.
+
+    A variant that cannot be run becomes a plan that says why. Raises ``InvalidInput`` for a spec or argument that is
+    wrong for every variant, ``DeviceError`` for a GPU that cannot be used or is gone, ``StoreError``; plans that were
+    finished by then are stored.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise InvalidArgument(f"{batch_size} is not a batch size: it must be at least 1", field="batch_size")
+    variants = spec.variants.product()
+    environment = device.environment(spec)
+    listener(SweepStarted(variants=variants))
+    plans: list[Plan] = []
+    for index, variant in enumerate(variants):
+        if should_stop():
+            return tuple(plans)
+        listener(VariantStarted(variant=variant, index=index))
+        work = _VariantWork(spec, variant, device, environment, store, batch_size, fresh, listener, should_stop, worker)
+        try:
+            plan = work.stored_plan() or work.plan(predict_start)
+        except _Stopped:
+            return tuple(plans)
+        plans.append(plan)
+        listener(VariantFinished(plan=plan, index=index))
+    listener(SweepFinished(plans=tuple(plans)))
+    return tuple(plans)
+
+
+@dataclass(slots=True)
+class _VariantWork:
+    """One question: one variant on one device."""
+
+    spec: Spec
+    variant: Variant
+    device: Device
+    environment: Environment
+    store: PlanStore | None
+    batch_size: int | None
+    fresh: bool
+    listener: Listener
+    should_stop: Callable[[], bool]
+    worker: str | None
+    trials: list[Trial] = field(default_factory=list)
+    trial_ids: list[str] = field(default_factory=list)
+    read_back: dict[int, StoredTrial] = field(default_factory=dict)
+    """Stored trials that can stand in for running them again, by batch size."""
+    num_read_back: int = 0
+
+    @property
+    def is_measured(self) -> bool:
+        return self.environment.source is Source.MEASURED
+
+    def stored_plan(self) -> Plan | None:
+        if self.store is None or self.fresh:
+            return None
+        plan = self.store.find_plan(
+            self.spec.hash, self.variant, self.environment.key(), self.device.capacity_bytes, self.batch_size
+        )
+        # The label is the asker's: it is no part of what is trained.
+        return plan and replace(plan, stored=True, spec_name=self.spec.name)
+
+    def plan(self, predict_start: Device | None) -> Plan:
+        self._read_trials_back()
+        try:
+            with _device_errors():
+                opened = self.device.open(self.spec, self.variant)
+            with opened as runner:
+                if self.batch_size is not None:
+                    plan = self._plan_one(runner, self.batch_size)
+                else:
+                    plan = self._plan_search(runner, self._predicted(predict_start))
+        except _Unanswered as unanswered:
+            plan = self._unanswered(unanswered.error)
+        if self.num_read_back:
+            note = f"{self.num_read_back} of {len(self.trials)} trials had been stored by an earlier run"
+            plan = replace(plan, notes=(*plan.notes, note))
+        if self.store is not None:
+            plan = replace(plan, id=self.store.add_plan(self.spec, plan, self.trial_ids))
+        return plan
+
+    def _read_trials_back(self) -> None:
+        if self.store is None or self.fresh:
+            return
+        found = self.store.find_trials(
+            self.spec.hash, self.variant, gpu=self.environment.gpu, environment_key=self.environment.key()
+        )
+        for stored in reversed(found):  # newest first: the newest stays
+            usable = stored.trial.outcome is not Outcome.FAILED and (stored.trial.fresh_process or not self.is_measured)
+            if usable and stored.capacity_bytes == self.device.capacity_bytes:
+                self.read_back[stored.trial.batch_size] = stored
+
+    def _predicted(self, predictor: Device | None) -> Plan | None:
+        """Where the search is expected to end; ``None`` when nothing could be predicted."""
+        if predictor is None:
+            return None
+        work = _VariantWork(
+            self.spec, self.variant, predictor, predictor.environment(self.spec), self.store, None, self.fresh,
+            _nobody, self.should_stop, self.worker,
+        )  # fmt: skip
+        try:
+            plan = work.stored_plan() or work.plan(None)
+        except (InvalidInput, DeviceError):
+            return None  # the real device says what is wrong, if it is
+        return plan if plan.status is PlanStatus.PLANNED else None
+
+    def _plan_search(self, runner: TrialRunner, predicted: Plan | None) -> Plan:
+        search = Search(
+            start=predicted.max_batch_size if predicted else None,
+            confirm_fresh=self.is_measured,
+            capacity_bytes=self.device.capacity_bytes,
+        )
+        while (ask := search.ask()) is not None:
+            search.tell(self._run(runner, ask))
+        result = search.result()
+        if result.failure is not None:
+            return self._failed(result.failure, result.notes)
+        notes = [*_notes_of(result.trials), *result.notes]
+        if predicted is not None:
+            notes.append(f"the virtual GPU had predicted a largest batch size of {predicted.max_batch_size}")
+        return self._answer(
+            result.best,
+            notes,
+            max_batch_size=result.max_batch_size,
+            first_oom_batch_size=result.first_oom_batch_size,
+            certified=self._is_certified(result),
+        )
+
+    def _plan_one(self, runner: TrialRunner, batch_size: int) -> Plan:
+        ask = Ask(batch_size=batch_size, fresh=self.is_measured, low=0, high=None, remaining_trials=1)
+        trial = self._run(runner, ask)
+        if trial.outcome is Outcome.FAILED:
+            trial = self._run(runner, ask)
+        if trial.outcome is Outcome.FAILED:
+            return self._failed(trial, ())
+        return self._answer(trial, _notes_of([trial]), batch_size=batch_size, fits=trial.fits)
+
+    def _run(self, runner: TrialRunner, ask: Ask) -> Trial:
+        """One trial, run or read back; told to the listener, and stored before anything else can happen."""
+        stored = self.read_back.pop(ask.batch_size, None)
+        if stored is not None:
+            self.num_read_back += 1
+            self.trials.append(stored.trial)
+            self.trial_ids.append(stored.id)
+            self.listener(TrialFinished(variant=self.variant, trial=stored.trial))
+            return stored.trial
+        if self.should_stop():
+            raise _Stopped
+        self.listener(
+            TrialStarted(
+                variant=self.variant, batch_size=ask.batch_size, low=ask.low, high=ask.high,
+                remaining_trials=ask.remaining_trials, fresh=ask.fresh,
+            )
+        )  # fmt: skip
+        with _device_errors():
+            trial = runner.run(ask.batch_size, fresh=ask.fresh)
+        self.trials.append(trial)
+        if self.store is not None:
+            self.trial_ids.append(
+                self.store.add_trial(
+                    self.spec, self.variant, self.environment, self.device.capacity_bytes, trial, self.worker
+                )
+            )
+        self.listener(TrialFinished(variant=self.variant, trial=trial))
+        return trial
+
+    def _is_certified(self, result: SearchResult) -> bool:
+        return result.certified and all(trial.source is Source.MEASURED for trial in result.trials)
+
+    def _base(self) -> Plan:
+        return Plan(
+            spec_hash=self.spec.hash,
+            spec_name=self.spec.name,
+            model=self.spec.model.name,
+            variant=self.variant,
+            environment=self.environment,
+            capacity_bytes=self.device.capacity_bytes,
+            source=self.environment.source,
+            batch_size=self.batch_size,
+            trials=tuple(self.trials),
+            worker=self.worker,
+            created_at=datetime.now(UTC),
+        )
+
+    def _answer(
+        self,
+        best: Trial | None,
+        notes: Sequence[str],
+        *,
+        max_batch_size: int | None = None,
+        first_oom_batch_size: int | None = None,
+        certified: bool = False,
+        batch_size: int | None = None,
+        fits: bool | None = None,
+    ) -> Plan:
+        """The plan whose figures are those of ``best``; ``None`` when not even one sample fits."""
+        return replace(
+            self._base(),
+            max_batch_size=max_batch_size,
+            first_oom_batch_size=first_oom_batch_size,
+            certified=certified,
+            batch_size=batch_size,
+            fits=fits,
+            peaks=best.peaks if best else None,
+            reserved_interval=best.reserved_interval if best else None,
+            step_time_s=best.step_time_s if best else None,
+            num_alloc_retries=best.num_alloc_retries if best else 0,
+            notes=tuple(dict.fromkeys(notes)),
+        )
+
+    def _failed(self, failure: Trial, notes: Sequence[str]) -> Plan:
+        why = TrialFailed(f"batch size {failure.batch_size} failed twice: {failure.error or 'no reason was given'}")
+        return replace(self._base(), status=PlanStatus.FAILED, error=why.as_dict(), notes=tuple(notes))
+
+    def _unanswered(self, error: PlannerError) -> Plan:
+        # The only bad input that is one variant's own: this model or GPU cannot run it.
+        status = PlanStatus.UNSUPPORTED if isinstance(error, InvalidSpec) else PlanStatus.FAILED
+        return replace(self._base(), status=status, error=error.as_dict())
+
+
+def _nobody(event: Progress) -> None:
+    """The listener of a search that only says where another one begins."""
+
+
+def _notes_of(trials: Sequence[Trial]) -> list[str]:
+    """What the device said must be read beside the figures of these trials, each sentence once."""
+    return list(dict.fromkeys(str(note) for trial in trials for note in trial.details.get("notes", ())))
