@@ -78,6 +78,16 @@ def choose(name: str | None, capacity_bytes: int | None, predicted_only: bool, h
         reason = "" if predicted_only else f"no {gpu.name} is here: "
         notes.append(f"{reason}predicted on a virtual {gpu.name}, nothing is measured")
         local = None
+    capacity, limited = usable_capacity(gpu, capacity_bytes, real=local is not None)
+    notes.extend(limited)
+    return Choice(gpu=gpu, local=local, capacity_bytes=capacity, notes=tuple(notes))
+
+
+def usable_capacity(gpu: Gpu, capacity_bytes: int | None, *, real: bool) -> tuple[int, tuple[str, ...]]:
+    """The capacity that a question about ``gpu`` is answered for, and what must be said about it.
+
+    ``None`` = all that the type leaves. Raises ``InvalidArgument`` (``capacity``) for more than the card has.
+    """
     most = default_capacity_bytes(gpu)
     capacity = most if capacity_bytes is None else capacity_bytes
     if capacity > gpu.total_bytes:
@@ -85,8 +95,8 @@ def choose(name: str | None, capacity_bytes: int | None, predicted_only: bool, h
             f"{format_bytes(capacity)} is more than the {format_bytes(gpu.total_bytes)} of one {gpu.name}",
             field="capacity",
         )
-    if capacity > most and local is None:
+    if capacity > most and not real:
         # A real card refuses what its context has taken; the virtual one must not promise it.
-        capacity = most
-        notes.append(f"beside its CUDA context a {gpu.name} leaves {format_bytes(most)}: answered for that capacity")
-    return Choice(gpu=gpu, local=local, capacity_bytes=capacity, notes=tuple(notes))
+        note = f"beside its CUDA context a {gpu.name} leaves {format_bytes(most)}: answered for that capacity"
+        return most, (note,)
+    return capacity, ()

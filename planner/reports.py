@@ -1,0 +1,250 @@
+"""Plans, trials, verdicts and GPU types as the contract's JSON, and the sentences that sum a sweep up.
+
+One place writes them for the command line, the service and its pages. Everything here is JSON data: strings, numbers,
+lists and dictionaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from planner.gpus import Gpu, default_capacity_bytes
+from planner.specs.model import Checkpointing, Variant
+from planner.trials import Environment, Interval, Peaks, Plan, PlanStatus, Source, Trial
+from planner.units import format_bytes
+from planner.verdicts import VariantVerdict, Verdict
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """A plan as ``probe`` and ``predict`` print it (contract, "JSON of probe and predict")."""
+    if plan.batch_size is None:
+        answer: dict[str, Any] = {
+            "max_batch_size": plan.max_batch_size, "first_oom_batch_size": plan.first_oom_batch_size,
+        }  # fmt: skip
+    else:
+        answer = {"batch_size": plan.batch_size, "fits": plan.fits}
+    return {
+        "variant": plan.variant.as_dict(),
+        "gpu": plan.gpu,
+        "capacity_bytes": plan.capacity_bytes,
+        "source": str(plan.source),
+        "status": str(plan.status),
+        **answer,
+        "certified": plan.certified,
+        **_peaks_dict(plan.peaks),
+        "reserved_interval": _interval_dict(plan.reserved_interval),
+        "num_alloc_retries": plan.num_alloc_retries,
+        "step_time_s": plan.step_time_s,
+        "samples_per_second": plan.samples_per_second,
+        "num_trials": len(plan.trials),
+        "trials": [trial_dict(trial) for trial in plan.trials],
+        "notes": list(plan.notes),
+        "error": None if plan.error is None else dict(plan.error),
+        "stored": plan.stored,
+        "id": plan.id,
+        "model": plan.model,
+        "spec_name": plan.spec_name,
+        "spec_hash": plan.spec_hash,
+        "environment": environment_dict(plan.environment),
+        "worker": plan.worker,
+        "created_at": _time(plan.created_at),
+    }
+
+
+def trial_dict(trial: Trial) -> dict[str, Any]:
+    return {
+        "batch_size": trial.batch_size,
+        "outcome": str(trial.outcome),
+        "source": str(trial.source),
+        **_peaks_dict(trial.peaks),
+        "reserved_interval": _interval_dict(trial.reserved_interval),
+        "num_alloc_retries": trial.num_alloc_retries,
+        "step_times_s": list(trial.step_times_s),
+        "fresh_process": trial.fresh_process,
+        "error": trial.error,
+        "details": dict(trial.details),
+        "duration_s": trial.duration_s,
+        "started_at": _time(trial.started_at),
+    }
+
+
+def environment_dict(environment: Environment) -> dict[str, Any]:
+    data = asdict(environment)
+    return {**data, "source": str(environment.source), "library_versions": dict(environment.library_versions)}
+
+
+def verdict_dict(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as ``preflight --json`` prints it. ``fits`` is ``null`` where the evidence does not suffice."""
+    return {
+        "verdict": str(verdict.kind),
+        "fits": _FITS[verdict.kind],
+        "gpu": verdict.gpu,
+        "batch_size": verdict.batch_size,
+        "capacity_bytes": verdict.capacity_bytes,
+        "model": verdict.model,
+        "spec_name": verdict.spec_name,
+        "spec_hash": verdict.spec_hash,
+        "variants": [_variant_verdict_dict(variant) for variant in verdict.variants],
+        "notes": list(verdict.notes),
+    }
+
+
+_FITS = {"fits": True, "does_not_fit": False, "unknown": None}
+
+
+def _variant_verdict_dict(verdict: VariantVerdict) -> dict[str, Any]:
+    return {
+        "variant": verdict.variant.as_dict(),
+        "verdict": str(verdict.kind),
+        "fits": _FITS[verdict.kind],
+        "reason": verdict.reason,
+        "source": None if verdict.source is None else str(verdict.source),
+        "stored": verdict.stored,
+        "evidence_batch_size": verdict.evidence_batch_size,
+        **_peaks_dict(verdict.peaks),
+        "reserved_interval": _interval_dict(verdict.reserved_interval),
+        "notes": list(verdict.notes),
+    }
+
+
+def gpu_dict(gpu: Gpu) -> dict[str, Any]:
+    """A GPU type of the catalogue; ``measured`` names the byte counts that are not estimates."""
+    return {
+        "name": gpu.name,
+        "driver_names": list(gpu.driver_names),
+        "aliases": list(gpu.aliases),
+        "compute_capability": list(gpu.compute_capability),
+        "num_sms": gpu.num_sms,
+        "total_bytes": gpu.total_bytes,
+        "context_bytes": gpu.context_bytes,
+        "library_bytes": gpu.library_bytes,
+        "default_capacity_bytes": default_capacity_bytes(gpu),
+        "measured": sorted(gpu.measured),
+    }
+
+
+def _peaks_dict(peaks: Peaks | None) -> dict[str, int | None]:
+    return {
+        "peak_allocated_bytes": peaks.allocated_bytes if peaks else None,
+        "peak_reserved_bytes": peaks.reserved_bytes if peaks else None,
+        "peak_device_bytes": peaks.device_bytes if peaks else None,
+    }
+
+
+def _interval_dict(interval: Interval | None) -> dict[str, Any] | None:
+    return None if interval is None else asdict(interval)
+
+
+def _time(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat()
+
+
+def summary(plans: Sequence[Plan]) -> list[str]:
+    """One sentence each: the largest, the fastest, and what checkpointing costs and saves. Only what is known."""
+    answered = [plan for plan in plans if plan.status is PlanStatus.PLANNED and _size(plan)]
+    if not answered:
+        if any(plan.status is PlanStatus.PLANNED for plan in plans):
+            return ["Nothing fits: no variant runs even at the smallest batch size that was asked about."]
+        return []
+    return [*_largest(answered), *_fastest(answered), *_checkpointing(plans)]
+
+
+def _size(plan: Plan) -> int:
+    """The batch size that the plan's figures are of; 0 = nothing fits."""
+    if plan.batch_size is not None:
+        return plan.batch_size if plan.fits else 0
+    return plan.max_batch_size or 0
+
+
+def _largest(plans: Sequence[Plan]) -> Iterator[str]:
+    if plans[0].batch_size is not None:
+        labels = ", ".join(plan.variant.label() for plan in plans)
+        yield f"Batch size {plans[0].batch_size} fits with {labels} ({_word(plans)})."
+        return
+    most = max(map(_size, plans))
+    best = [plan for plan in plans if _size(plan) == most]
+    labels = " and ".join(plan.variant.label() for plan in best)
+    yield f"Largest batch size: {most} with {labels} ({_word(best)})."
+
+
+def _word(plans: Sequence[Plan]) -> str:
+    if all(plan.certified for plan in plans):
+        return "certified"
+    return " and ".join(sorted({str(plan.source) for plan in plans}))
+
+
+def _fastest(plans: Sequence[Plan]) -> Iterator[str]:
+    timed = [plan for plan in plans if plan.source is Source.MEASURED and plan.samples_per_second is not None]
+    if not timed:
+        yield "Fastest: not known; speed is not predicted, only measured on a GPU."
+        return
+    best = max(timed, key=lambda plan: plan.samples_per_second or 0.0)
+    untimed = "" if len(timed) == len(plans) else f", of {len(timed)} variants with measured step times"
+    yield (
+        f"Fastest: {best.samples_per_second:.1f} samples per second with {best.variant.label()} "
+        f"at batch size {_size(best)} (measured{untimed})."
+    )
+
+
+def _checkpointing(plans: Sequence[Plan]) -> Iterator[str]:
+    """A sentence for each variant with checkpointing that has a twin without."""
+    twins = {plan.variant: plan for plan in plans if plan.status is PlanStatus.PLANNED}
+    for plan in twins.values():
+        variant = plan.variant
+        plain = twins.get(Variant(precision=variant.precision, compile=variant.compile))
+        if variant.checkpointing is Checkpointing.NONE or plain is None or not _size(plan):
+            continue
+        what = f"Checkpointing {variant.checkpointing} with {plain.variant.label()}"
+        if not _size(plain):
+            yield f"{what} is what makes it fit: without it {_not_even(plain)}."
+            continue
+        yield f"{what} {_saving(plan, plain)}, {_cost(plan, plain)}."
+
+
+def _not_even(plan: Plan) -> str:
+    return "one sample does not fit" if plan.batch_size is None else f"batch size {plan.batch_size} does not fit"
+
+
+def _saving(plan: Plan, plain: Plan) -> str:
+    """Bytes at an equal batch size where both ran one, else allocated bytes per sample at each one's own size."""
+    sizes = _fitting(plan).keys() & _fitting(plain).keys()
+    if sizes:
+        size = max(sizes)
+        with_it, without = _fitting(plan)[size].allocated_bytes, _fitting(plain)[size].allocated_bytes
+        text = (
+            f"{_saved(with_it, without)} of the allocated bytes at batch size {size} "
+            f"({format_bytes(with_it)} in place of {format_bytes(without)})"
+        )
+    elif plan.peaks and plain.peaks:
+        text = (
+            f"{_saved(plan.peaks.allocated_bytes / _size(plan), plain.peaks.allocated_bytes / _size(plain))} of the "
+            f"allocated bytes per sample, weights included, at batch sizes {_size(plan)} and {_size(plain)}"
+        )
+    else:
+        text = "saves an unknown share of memory"
+    if plan.batch_size is None:
+        text += f" and allows batch size {_size(plan)} in place of {_size(plain)}"
+    return f"{text} ({_word([plan, plain])})"
+
+
+def _saved(with_it: float, without: float) -> str:
+    share = 100 * (1 - with_it / without) if without else 0.0
+    return f"saves {share:.0f}%" if share >= 0 else f"takes {-share:.0f}% more"
+
+
+def _fitting(plan: Plan) -> dict[int, Peaks]:
+    return {trial.batch_size: trial.peaks for trial in plan.trials if trial.fits and trial.peaks is not None}
+
+
+def _cost(plan: Plan, plain: Plan) -> str:
+    if plan.source is not Source.MEASURED or plain.source is not Source.MEASURED:
+        return "at a cost in step time that is not predicted, so whether it pays cannot be said"
+    if not plan.samples_per_second or not plain.samples_per_second:
+        return "at a cost in step time that was not measured"
+    added = 100 * (plain.samples_per_second / plan.samples_per_second - 1)
+    if added <= 0:
+        return f"takes {-added:.0f}% less step time per sample (measured), and pays"
+    return f"adds {added:.0f}% step time per sample (measured), and pays only where the larger batch itself is needed"
