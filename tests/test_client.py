@@ -32,7 +32,12 @@ def test_submit_leaves_out_what_was_not_asked() -> None:
 
 
 def test_a_problem_document_becomes_the_error_it_was() -> None:
-    problem = {"code": "invalid_spec", "detail": "unknown key", "field": "model.config.n_layerz", "suggestion": "n_layer"}
+    problem = {
+        "code": "invalid_spec",
+        "detail": "unknown key",
+        "field": "model.config.n_layerz",
+        "suggestion": "n_layer",
+    }
     with client(lambda _: httpx.Response(422, json=problem)) as service, pytest.raises(InvalidSpec) as caught:
         service.preflight({"spec": {}})
     assert str(caught.value) == "model.config.n_layerz: unknown key (did you mean 'n_layer'?)"
@@ -53,7 +58,10 @@ def test_nonsense_is_a_service_error(reply: httpx.Response) -> None:
 
 
 def test_an_unreachable_service() -> None:
-    with ServiceClient("http://127.0.0.1:1") as service, pytest.raises(ServiceError, match="cannot be reached") as caught:
+    with (
+        ServiceClient("http://127.0.0.1:1") as service,
+        pytest.raises(ServiceError, match="cannot be reached") as caught,
+    ):
         service.plans()
     assert caught.value.field == "server"
 
@@ -77,7 +85,19 @@ def test_an_id_is_one_segment_of_the_path() -> None:
 
 
 def test_events_are_read_with_their_kinds_and_comments_left_out() -> None:
-    lines = [": ping", "", "id: 1", "event: state", 'data: {"state": "queued"}', "", "id: 2", "event: note", "data: {", "data: }", ""]
+    lines = [
+        ": ping",
+        "",
+        "id: 1",
+        "event: state",
+        'data: {"state": "queued"}',
+        "",
+        "id: 2",
+        "event: note",
+        "data: {",
+        "data: }",
+        "",
+    ]
     events = list(parse_events(lines))
     assert [(event.sequence, event.kind, event.data) for event in events] == [
         (1, "state", {"state": "queued"}),

@@ -71,7 +71,12 @@ class PlainDisplay(QuietDisplay):
             return
         match event:
             case TrialStarted():
-                self._line(row, f"batch {event.batch_size} runs; {row.bracket()}; {left(self.progress)}")
+                self._line(
+                    row,
+                    "; ".join(
+                        part for part in (f"batch {event.batch_size} runs", row.bracket(), left(self.progress)) if part
+                    ),
+                )
             case TrialFinished():
                 self._line(row, wording.trial_line(event.trial))
             case VariantFinished():
@@ -112,7 +117,7 @@ class LiveDisplay(QuietDisplay):
                 row.variant.label(), Text(row.state, style=_STATE_STYLES.get(row.state, "")), self._running(row),
                 _bracket(row), str(len(row.trials)) if row.trials else "-",
             )  # fmt: skip
-        elapsed = wording.seconds(round(self.progress.elapsed_s))
+        elapsed = wording.whole_seconds(self.progress.elapsed_s)
         footer = Table.grid(padding=(0, 1))
         footer.add_row(self._spinner, Text(f"{elapsed} so far; {left(self.progress)}", style="dim"))
         return Group(table, footer)
@@ -131,16 +136,16 @@ _STATE_STYLES = {
 
 
 def _bracket(row: VariantProgress) -> str:
-    return row.bracket() if row.plan is None else wording.sizes_line(plan_dict(row.plan))
+    return row.bracket() or "-" if row.plan is None else wording.sizes_line(plan_dict(row.plan))
 
 
 def left(progress: SweepProgress) -> str:
     """What is left, as far as it can be known: never a number that nothing stands behind."""
     total = progress.seconds_left()
     if total is not None:
-        return f"about {wording.seconds(round(total))} left" if total >= 1 else "almost done"
+        return f"about {wording.whole_seconds(total)} left" if total >= 1 else "almost done"
     here = progress.variant_seconds_left()
     if here is None:
         return "time left unknown yet"
     more = wording.counted(progress.waiting, "more variant")
-    return f"about {wording.seconds(max(round(here), 1))} left for this variant, then {more}"
+    return f"about {wording.whole_seconds(max(here, 1))} left for this variant, then {more}"

@@ -40,11 +40,11 @@ class VariantProgress:
         return "waiting" if self.started_at_s is None else "running"
 
     def bracket(self) -> str:
-        """The bracket so far, e.g. ``fits 8 · OOM 16``."""
+        """The bracket so far, e.g. ``fits 8 · OOM 16``; empty before the first trial ends."""
         parts = [f"fits {self.low}"] if self.low else []
         if self.high is not None:
             parts.append(f"OOM {self.high}")
-        return " · ".join(parts) or "-"
+        return " · ".join(parts)
 
 
 class SweepProgress:

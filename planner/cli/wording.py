@@ -30,6 +30,11 @@ def seconds(value: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def whole_seconds(value: float) -> str:
+    """An estimate or a running time: ``12.4`` -> ``"12 s"``."""
+    return f"{value:.0f} s" if value < 59.5 else seconds(value)
+
+
 def rate(value: float | None) -> str:
     """Samples per second, to the digits that matter."""
     if value is None:
@@ -65,16 +70,15 @@ def evidence(plan: Mapping[str, Any]) -> str:
 
 
 def trial_line(trial: Trial) -> str:
-    """One finished trial: ``batch 8 fits: 12.40 GiB reserved, 1.2 s``."""
+    """One finished trial: ``batch 8 fits: 12.40 GiB reserved (1.2 s)``."""
     parts = []
     if trial.peaks is not None and trial.fits:
         parts.append(f"{format_bytes(trial.peaks.reserved_bytes)} reserved")
     if trial.error and trial.outcome is Outcome.FAILED:
         parts.append(trial.error.strip().splitlines()[-1])
-    if trial.duration_s:
-        parts.append(seconds(trial.duration_s))
     word = {Outcome.FITS: "fits", Outcome.OOM: "runs out of memory", Outcome.FAILED: "failed"}[trial.outcome]
-    return f"batch {trial.batch_size} {word}" + (f": {', '.join(parts)}" if parts else "")
+    took = f" ({seconds(trial.duration_s)})" if trial.duration_s else ""
+    return f"batch {trial.batch_size} {word}" + (f": {', '.join(parts)}" if parts else "") + took
 
 
 def sizes_line(plan: Mapping[str, Any]) -> str:
