@@ -1,4 +1,4 @@
-"""Workspaces of cuDNN's convolutions: against recorded allocator events, the measurements, and the rules' own limits."""
+"""Workspaces of cuDNN's convolutions: against recorded allocator events, the measurements, and the rules' limits."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from planner.virtual.convolutions import Layer, Recipe, Tensors, workspace_bytes
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="module")
 def benchmark():
     spec = util.spec_from_file_location("benchmarks_convolutions", ROOT / "benchmarks" / "convolutions.py")
     module = util.module_from_spec(spec)
@@ -25,13 +26,24 @@ def benchmark():
     return module
 
 
-def square(
-    direction, n, c, k, kernel, stride, padding, size, *, dtype="bfloat16", channels_last=False, groups=1, **rest
-):
+@pytest.fixture(scope="module")
+def rows(benchmark):
+    return benchmark.rows()
+
+
+def square(direction, n, c, k, kernel, stride, padding, size, **rest):
+    given = {"dtype": "bfloat16", "channels_last": False, "groups": 1, "dilation": (1, 1), **rest}
     return workspace_bytes(
-        direction=direction, dtype=dtype, channels_last=channels_last, n=n, c=c, k=k, groups=groups,
-        kernel=(kernel,) * 2, stride=(stride,) * 2, padding=(padding,) * 2, dilation=(1, 1), input_size=(size,) * 2, **rest,
+        direction=direction, n=n, c=c, k=k, kernel=(kernel,) * 2, stride=(stride,) * 2, padding=(padding,) * 2,
+        input_size=(size,) * 2, **given,
     )  # fmt: skip
+
+
+def of_row(row, direction, **rest):
+    tensors, given = row.tensors, {name: getattr(row.layer, name) for name in Layer.__dataclass_fields__}
+    given |= {"dtype": "bfloat16" if tensors.element_bytes == 2 else "float32", "channels_last": tensors.channels_last}
+    given |= {"n": row.n, **rest}
+    return workspace_bytes(direction=direction, **given)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +51,7 @@ def square(
     [
         (("forward", 4, 3, 64, 7, 2, 3, 224), 9683984),
         (("forward", 4, 64, 64, 3, 1, 1, 56), 3285008),
+        (("forward", 4, 64, 64, 1, 1, 0, 56), 272),
         (("forward", 4, 128, 128, 3, 2, 1, 56), 4309008),
         (("forward", 4, 256, 512, 1, 2, 0, 56), 9633808),
         (("forward", 4, 128, 128, 3, 1, 1, 28), 1900560),
@@ -51,3 +64,146 @@ def test_requests_recorded_in_resnet50_are_met_to_the_byte(arguments, recorded):
     found = square(*arguments)
     assert (found.bytes, found.exact) == (recorded, True)
     assert found.low == found.high == recorded
+
+
+def test_measured_cases_are_found_again_within_the_allocators_rounding(rows, benchmark):
+    for row in rows[::29]:
+        for direction in convolutions.DIRECTIONS:
+            found = of_row(row, direction)
+            assert found.exact
+            assert benchmark.error(row.measured[direction], found) == 0, (row, direction, found)
+
+
+def test_table_is_what_the_measurements_say(rows, benchmark):
+    shipped = json.loads(gzip.decompress(benchmark.TABLE.read_bytes()))
+    assert shipped == json.loads(json.dumps(benchmark.build(rows)))
+    assert benchmark.TABLE.stat().st_size < 200 << 10
+
+
+def test_layers_kept_from_the_table_lie_in_their_intervals(rows, benchmark):
+    network = benchmark.networks(rows)
+    chosen = [row for row in rows if row.tensors == Tensors(2, False)]
+    tried = list(benchmark.held_out(chosen, "dgrad", "layer", network, every=25))
+    assert len(tried) > 100
+    inside = [benchmark.covered(row.measured["dgrad"], found) for row, found in tried]
+    right = [benchmark.error(row.measured["dgrad"], found) == 0 for row, found in tried]
+    assert sum(inside) >= 0.95 * len(inside)
+    assert sum(right) >= 0.8 * len(right)
+
+
+def test_a_batch_size_between_two_measured_ones_scales_the_copies():
+    at_4, at_5, at_6 = (square("forward", n, 64, 64, 3, 1, 1, 56) for n in (4, 5, 6))
+    assert at_6.bytes - at_5.bytes == at_5.bytes - at_4.bytes == 2 * 64 * 56 * 56 * 2
+    assert not at_5.exact
+    assert at_5.low == at_5.bytes == at_5.high
+
+
+def test_past_the_largest_measured_batch_the_copies_go_on():
+    at_128, at_256 = (square("forward", n, 64, 64, 3, 1, 1, 56) for n in (128, 256))
+    assert at_256.bytes - at_128.bytes == 128 * 2 * 64 * 56 * 56 * 2
+
+
+def test_an_unknown_layer_is_never_exact_and_has_the_size_of_its_copies():
+    found = square("forward", 8, 72, 136, 3, 1, 1, 40)
+    inputs, outputs, weights = 8 * 72 * 1600 * 2, 8 * 136 * 1600 * 2, 72 * 136 * 9 * 2
+    assert not found.exact
+    assert found.low <= inputs + outputs + weights + 16 <= found.high
+    assert found.bytes == inputs + outputs + weights + 16
+
+
+def test_channels_that_fill_no_16_bytes_are_padded():
+    layer = Layer(3, 10, 1, (3, 3), (1, 1), (1, 1), (1, 1), (8, 8))
+    assert convolutions.copied(layer, 1, Tensors(2, False))["i"] == 8 * 64 * 2
+    assert convolutions.copied(layer, 1, Tensors(4, False))["i"] == 4 * 64 * 4
+    assert convolutions.copied(layer, 1, Tensors(2, False))["o"] == 16 * 64 * 2
+
+
+def test_far_from_everything_measured_the_interval_is_that_of_all_copies():
+    found = square("forward", 2, 64, 64, 3, 1, 8, 56, dilation=(8, 8))
+    copies = 2 * 2 * 64 * 56 * 56 * 2 + 64 * 64 * 9 * 2
+    assert found.low == 0
+    assert found.high >= copies
+
+
+def test_half_precision_is_taken_as_bfloat16():
+    assert square("wgrad", 16, 256, 256, 3, 1, 1, 14, dtype="float16") == square("wgrad", 16, 256, 256, 3, 1, 1, 14)
+
+
+def test_1d_convolutions_are_nchw_whatever_their_strides():
+    shape = {"n": 4, "c": 512, "k": 512, "groups": 1, "kernel": (3,), "stride": (2,), "padding": (1,), "dilation": (1,)}
+    last, first = (
+        workspace_bytes(direction="forward", dtype="bfloat16", channels_last=last, input_size=(3000,), **shape)
+        for last in (True, False)
+    )
+    assert last == first
+    assert last.bytes == 4 * 512 * 3000 * 2 + 4 * 512 * 1500 * 2 + 512 * 512 * 3 * 2 + 16
+
+
+@pytest.mark.parametrize(
+    "rest", [{"compute_capability": (8, 0)}, {"dtype": "float64"}, {"dtype": "float32", "channels_last": True}]
+)
+def test_what_was_not_measured_is_not_exact(rest):
+    found = square("forward", 4, 64, 64, 3, 1, 1, 56, **rest)
+    assert not found.exact
+    assert found.low == 0
+    assert found.high >= found.bytes
+    assert found.high >= 2 * 4 * 64 * 56 * 56 * 2  # both copies
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "suggestion"),
+    [
+        ({"direction": "foward"}, "direction", "forward"),
+        ({"dtype": "bfloat"}, "dtype", "bfloat16"),
+        ({"groups": 5}, "groups", None),
+        ({"groups": 0}, "groups", "1"),
+        ({"n": -1}, "n", "0"),
+        ({"stride": (1,)}, "stride", None),
+        ({"stride": (0, 1)}, "stride", "1"),
+    ],
+)
+def test_bad_arguments_name_the_field(rows, change, field, suggestion):
+    arguments = {"direction": "forward", **change}
+    with pytest.raises(InvalidArgument) as caught:
+        of_row(rows[0], **arguments)
+    assert caught.value.field == field
+    if suggestion:
+        assert caught.value.suggestion == suggestion
+
+
+def test_no_samples_or_no_output_take_nothing():
+    assert square("forward", 0, 64, 64, 3, 1, 1, 56).bytes == 0
+    assert square("forward", 4, 64, 64, 7, 1, 0, 3).bytes == 0
+
+
+sizes = st.integers(1, 300)
+
+
+@given(
+    direction=st.sampled_from(convolutions.DIRECTIONS), dtype=st.sampled_from(sorted(convolutions.ELEMENT_BYTES)),
+    last=st.booleans(), n=st.integers(1, 300), groups=st.sampled_from((1, 2, 8)), c=sizes, k=sizes,
+    kernel=st.integers(1, 7), stride=st.integers(1, 3), dilation=st.integers(1, 2), dimensions=st.integers(1, 3),
+    size=st.integers(1, 40),
+)  # fmt: skip
+def test_every_shape_has_a_size_within_its_interval(
+    direction, dtype, last, n, groups, c, k, kernel, stride, dilation, dimensions, size
+):
+    found = workspace_bytes(
+        direction=direction, dtype=dtype, channels_last=last, n=n, c=c * groups, k=k * groups, groups=groups,
+        kernel=(kernel,) * dimensions, stride=(stride,) * dimensions, padding=(kernel // 2,) * dimensions,
+        dilation=(dilation,) * dimensions, input_size=(size,) * dimensions,
+    )  # fmt: skip
+    assert 0 <= found.low <= found.bytes <= found.high
+
+
+@given(st.builds(Recipe, st.sampled_from(("", "i", "iow", "v")), st.booleans(), st.integers(0, 1 << 30)))
+def test_recipes_survive_the_table(recipe):
+    assert Recipe.decode(recipe.encode()) == recipe
+
+
+@given(st.sampled_from(("", "io", "iow", "iw")), st.integers(1, 64))
+def test_an_explanation_rebuilds_the_measurement(copies, n):
+    layer = Layer(64, 128, 1, (3, 3), (1, 1), (1, 1), (1, 1), (28, 28))
+    tensors = Tensors(2, False)
+    measured = -(-Recipe(copies).bytes(layer, n, tensors) // 512) * 512
+    assert convolutions.explain(layer, n, tensors, measured) == Recipe(copies)

@@ -2,10 +2,11 @@
 
 PyTorch asks cuDNN's heuristics for an engine, allocates the workspace that the engine names, and frees it when the
 kernel was launched (aten/src/ATen/native/cudnn/Conv_v8.cpp). The workspace is not documented; measured, it is a sum of
-four kinds of terms, which ``Recipe`` holds:
+such terms as these, which ``Recipe`` holds:
 
 - copies in NHWC of the input, the output and the weights, channels padded to 16 bytes, since the tensor-core kernels
   want that layout; batch size and spatial size multiply the first two;
+- in fp32, the tiles of Winograd's algorithm in their stead;
 - for the gradient of 1x1 weights, one fp32 product for each sample;
 - partial sums of a reduction divided among thread blocks, bounded by the number of SMs, thus by some tens of MiB;
 - 16 bytes.
@@ -21,7 +22,7 @@ import gzip
 import heapq
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -37,6 +38,7 @@ ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 BLOCK = 512  # the allocator's unit, thus the resolution of a measurement
 SEGMENT = 2 << 20  # large requests come from segments that are multiples of it
 UNSPLIT = 1 << 20  # a rest of at most this much stays part of a large block
+LEAST = 272  # what a workspace of one block was in every recorded trace
 TAIL = 16  # bytes that every workspace with a copy in it ends with
 WINOGRAD_TILE, WINOGRAD_TAPS = 4, 36  # F(4x4, 3x3): 6x6 products for each 4x4 outputs
 PARTIAL_SUMS = 20 << 20  # no measured divided reduction takes more
@@ -99,13 +101,16 @@ class Tensors(NamedTuple):
         return ("16" if self.element_bytes == 2 else "32") + ("-nhwc" if self.channels_last else "-nchw")
 
 
+MEASURED_TENSORS = (Tensors(2, False), Tensors(2, True), Tensors(4, False))
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What a workspace is made of.
 
     ``copies`` are among ``i`` (input), ``o`` (output) and ``w`` (weights), each in NHWC, or ``v``, the fp32 tiles that
-    Winograd's algorithm makes of all three; ``per_sample`` is an fp32 copy of
-    the weights for each sample; ``extra`` bytes do not depend on the batch size.
+    Winograd's algorithm makes of all three; ``per_sample`` is an fp32 copy of the weights for each sample; ``extra``
+    bytes do not depend on the batch size.
     """
 
     copies: str = ""
@@ -129,7 +134,11 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Bytes asked of the allocator, with the interval that they lie in; ``exact`` when this very case was measured."""
+    """Bytes asked of the allocator, with an interval; ``exact`` when this very case was measured.
+
+    The interval held 95% or more of the measurements that cross-validation kept from it, a little less for some kinds:
+    ``benchmarks/convolutions.py`` prints the figures.
+    """
 
     bytes: int
     low: int
@@ -158,7 +167,8 @@ def workspace_bytes(
     ``direction`` is ``forward``, ``dgrad`` (the gradient of the input) or ``wgrad`` (of the weights); a transposed
     convolution's forward pass is the ``dgrad`` of the convolution that it transposes. ``dtype`` is that of the kernel,
     after autocast: ``bfloat16``, ``float16``, ``float32`` (with TF32 allowed, PyTorch's default for convolutions) or
-    ``float64``. Says what the H200 was measured to do: never ``exact`` for another compute capability or ``float64``.
+    ``float64``. Says what the H200 was measured to do: for another compute capability, for ``float64`` and for
+    ``float32`` with ``channels_last``, none of which was measured, never ``exact`` and with a wide interval.
 
     Raises ``InvalidArgument`` for an unknown direction or dtype and for shapes that make no convolution.
     """
@@ -172,14 +182,17 @@ def workspace_bytes(
         )
     layer = Layer(c, k, groups, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), tuple(input_size))
     _check(layer, n)
-    if n == 0 or layer.output_pixels <= 0:
+    if n == 0 or min(layer.output_size) <= 0:
         return Workspace(0, 0, 0, True)
     # PyTorch gives cuDNN a 1d convolution as contiguous NCHW, whatever its strides.
     tensors = Tensors(ELEMENT_BYTES[dtype], channels_last and len(layer.input_size) > 1)
-    found = _workspace(direction, tensors, layer, n)
-    if compute_capability != MEASURED_ON:
-        return Workspace(found.bytes, 0, found.high, False)
-    return replace(found, exact=found.exact and dtype != "float64")
+    known = (
+        tensors if tensors in MEASURED_TENSORS else Tensors(2 if tensors.channels_last else 4, tensors.channels_last)
+    )
+    found = _workspace(direction, known, tensors, layer, n)
+    if compute_capability != MEASURED_ON or tensors != known:
+        return _widened(found, layer, n, tensors)
+    return found
 
 
 def copied(layer: Layer, n: int, tensors: Tensors) -> dict[str, int]:
@@ -201,7 +214,7 @@ def _tiles(layer: Layer) -> int:
 def explain(layer: Layer, n: int, tensors: Tensors, measured: int) -> Recipe:
     """The recipe behind a measured workspace (a multiple of 512 bytes, rests of unsplit blocks included)."""
     if measured <= 3 * BLOCK:
-        return Recipe(extra=measured)
+        return Recipe(extra=LEAST if measured == BLOCK else measured)
     choices = [Recipe(copies) for copies in _possible_copies(layer, tensors)]
     if layer.family == "dense" and layer.kernel == (3, 3) and layer.stride == (1, 1) and tensors.element_bytes == 4:
         choices.append(Recipe("v"))
@@ -260,23 +273,39 @@ def features(layer: Layer, n: int) -> tuple[float, ...]:
         log(max(layer.stride)),
         0.5 * log(layer.groups),
         0.25 * log(layer.kernel[0] / layer.kernel[-1]),
+        2.0 * log(max(layer.dilation)),  # this and the next were not measured, so such layers are far from all
+        2.0 * (len(layer.input_size) > 2),
         float(layer.pixels % 8 == 0),
         float(layer.c % 8 == 0) + float(layer.k % 8 == 0),
     )
 
 
-def predict(cases: Iterable[Case], layer: Layer, n: int, tensors: Tensors) -> Workspace:
-    """The workspace by the most similar of ``cases``, and the interval that the ``NEIGHBOURS`` most similar ones span.
+def estimate(cases: Sequence[Case], layer: Layer, n: int, tensors: Tensors) -> Workspace:
+    """The workspace by ``cases``: by the very one, else by the layer at the batch sizes on either side if these agree.
+
+    Else by the most similar case, with the interval that the ``NEIGHBOURS`` most similar ones span.
 
     Where even the most similar one is far, the interval is that of every set of copies.
     """
+    measured = {case.n: case.recipe for case in cases if case.layer == layer}
+    around = [measured[batch] for batch in _around(n, measured)]
+    sizes = [recipe.bytes(layer, n, tensors) for recipe in around]
+    if n in measured or (len(around) == 2 and around[0] == around[1]):
+        return Workspace(sizes[0], sizes[0], sizes[0], n in measured)
     own = features(layer, n)
     near = heapq.nsmallest(NEIGHBOURS, cases, key=lambda case: math.dist(own, case.features))
-    sizes = [case.recipe.bytes(layer, n, tensors) for case in near]
-    low, high = min(sizes), max(sizes)
-    if math.dist(own, near[0].features) > FAR and layer.family != "depthwise":
-        low, high = 0, max(high, Recipe("iow", extra=PARTIAL_SUMS).bytes(layer, n, tensors))
-    return Workspace(sizes[0], low, high, False)
+    first, *others = (case.recipe.bytes(layer, n, tensors) for case in near)
+    low, high = min(first, *others, *sizes), max(first, *others, *sizes)
+    found = Workspace(first, low, high, False)
+    return _widened(found, layer, n, tensors) if math.dist(own, near[0].features) > FAR else found
+
+
+def _widened(found: Workspace, layer: Layer, n: int, tensors: Tensors) -> Workspace:
+    """The same size in an interval that holds every set of copies and partial sums."""
+    if layer.family == "depthwise" and not tensors.channels_last:
+        return replace(found, exact=False)  # PyTorch's own kernels, which take no workspace
+    everything = Recipe("" if layer.family == "depthwise" else "iow", extra=PARTIAL_SUMS)
+    return Workspace(found.bytes, 0, max(found.high, everything.bytes(layer, n, tensors)), False)
 
 
 def group(table: Mapping[str, Any]) -> Groups:
@@ -300,24 +329,18 @@ def _groups() -> Groups:
 
 
 @lru_cache(maxsize=65536)
-def _workspace(direction: str, tensors: Tensors, layer: Layer, n: int) -> Workspace:
-    cases = _groups()[tensors.key, direction, layer.family]
-    measured = {case.n: case.recipe for case in cases if case.layer == layer}
-    if not measured:
-        return predict(cases, layer, n, tensors)
-    around = list(_around(n, sorted(measured)))
-    recipes = [measured[batch] for batch in around]
-    sizes = [recipe.bytes(layer, n, tensors) for recipe in recipes]
-    return Workspace(sizes[0], min(sizes), max(sizes), n in measured or (len(around) > 1 and len(set(recipes)) == 1))
+def _workspace(direction: str, known: Tensors, tensors: Tensors, layer: Layer, n: int) -> Workspace:
+    """The recipe is that of the ``known`` kind of tensors, its sizes are those of ``tensors``."""
+    return estimate(_groups()[known.key, direction, layer.family], layer, n, tensors)
 
 
-def _around(n: int, batches: list[int]) -> Iterator[int]:
-    """The measured batch sizes to go by: ``n`` itself, else those on either side, the closer (as a ratio) first."""
-    if n in batches:
-        return iter([n])
-    below, above = [b for b in batches if b < n][-1:], [b for b in batches if b > n][:1]
-    near = below + above if below and above else batches[-2:] if below else batches[:2]
-    return iter(sorted(near, key=lambda batch: abs(math.log(batch / n))))
+def _around(n: int, batches: Iterable[int]) -> list[int]:
+    """``n`` itself where it was measured, else the closest measured on either side; past the end the last two."""
+    ordered = sorted(batches)
+    if n in ordered:
+        return [n]
+    below, above = [b for b in ordered if b < n], [b for b in ordered if b > n]
+    return below[-1:] + above[:1] if below and above else below[-2:] or above[:2]
 
 
 def _check(layer: Layer, n: int) -> None:
