@@ -291,13 +291,14 @@ def serve(handlers: Mapping[str, Callable[..., Mapping[str, Any]]]) -> None:
         os.dup2(nothing.fileno(), 0)
     with os.fdopen(requests, "rb") as lines:
         for line in lines:
-            reply = json.dumps(_answer(handlers, json.loads(line))).encode() + b"\n"
+            reply = json.dumps(answer(handlers, json.loads(line))).encode() + b"\n"
             while reply:
                 reply = reply[os.write(replies, reply) :]
     os._exit(0)
 
 
-def _answer(handlers: Mapping[str, Callable[..., Mapping[str, Any]]], message: dict[str, Any]) -> dict[str, Any]:
+def answer(handlers: Mapping[str, Callable[..., Mapping[str, Any]]], message: dict[str, Any]) -> dict[str, Any]:
+    """The reply to one request: what the handler returned as ``ok``, or its error."""
     try:
         body = dict(handlers[message.pop("do")](**message))
         json.dumps(body)  # what cannot be sent is this handler's error

@@ -1,0 +1,100 @@
+"""One GPU of this machine through NVML: bytes in use on the whole device, and who uses them. No CUDA, no torch."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import pynvml
+
+from planner.errors import DeviceBusy, DeviceError, DeviceLost, DeviceUnavailable
+from planner.units import MIB, format_bytes
+
+IDLE_BYTES = 256 * MIB
+"""More than an idle card shows (4 MiB on an H200, tens with a display), less than any CUDA context (300 MiB and up)."""
+_WAIT_S = 30.0
+
+
+@dataclass(slots=True)
+class Card:
+    """A context manager around NVML's handle of one card."""
+
+    handle: Any
+    nvml: Any
+
+    @classmethod
+    def open(cls, uuid: str, nvml: Any = pynvml) -> Self:
+        """Raises ``DeviceLost`` when the card is not there any more, ``DeviceUnavailable`` without a driver."""
+        with _reported(nvml):
+            nvml.nvmlInit()
+            return cls(nvml.nvmlDeviceGetHandleByUUID(uuid), nvml)
+
+    def used_bytes(self) -> int:
+        """In use by all processes, without what the driver keeps for itself."""
+        with _reported(self.nvml):
+            return int(self.nvml.nvmlDeviceGetMemoryInfo(self.handle, version=self.nvml.nvmlMemory_v2).used)
+
+    def free_bytes(self) -> int:
+        with _reported(self.nvml):
+            return int(self.nvml.nvmlDeviceGetMemoryInfo(self.handle, version=self.nvml.nvmlMemory_v2).free)
+
+    def compute_processes(self) -> list[int]:
+        """Ids of the processes that have a CUDA context here; empty where the driver does not tell (in a container)."""
+        try:
+            with _reported(self.nvml):
+                found = self.nvml.nvmlDeviceGetComputeRunningProcesses(self.handle)
+        except DeviceUnavailable:
+            return []
+        return [int(process.pid) for process in found]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with _reported(self.nvml):
+            self.nvml.nvmlShutdown()
+
+
+def wait_until_idle(uuid: str, needed_bytes: int, *, wait_s: float = _WAIT_S, nvml: Any = pynvml) -> None:
+    """Return once nothing else computes on the card and ``needed_bytes`` of it are free.
+
+    The process of the last trial takes a moment to go, and so may somebody else's: after ``wait_s`` ``DeviceBusy`` is
+    raised, for a busy card is never silently measured. A display may keep some memory as long as enough is left.
+    """
+    deadline = time.monotonic() + wait_s
+    with Card.open(uuid, nvml) as card:
+        while (why := _busy(card, needed_bytes)) is not None:
+            if time.monotonic() >= deadline:
+                raise DeviceBusy(f"{why}; waited {wait_s:g} s for it")
+            time.sleep(min(0.25, wait_s))
+
+
+def _busy(card: Card, needed_bytes: int) -> str | None:
+    others = [pid for pid in card.compute_processes() if pid != os.getpid()]
+    used = card.used_bytes()
+    if others:
+        listed = ", ".join(map(str, sorted(others)))
+        return f"other processes compute on this GPU ({listed}) and hold {format_bytes(used)} of it"
+    if used > IDLE_BYTES and card.free_bytes() < needed_bytes:
+        return f"other processes hold {format_bytes(used)} of this GPU and {format_bytes(needed_bytes)} are needed"
+    return None
+
+
+@contextmanager
+def _reported(nvml: Any) -> Iterator[None]:
+    """NVML's errors as the planner's."""
+    try:
+        yield
+    except DeviceError:
+        raise
+    except (nvml.NVMLError_GpuIsLost, nvml.NVMLError_NotFound, nvml.NVMLError_ResetRequired) as error:
+        raise DeviceLost(f"the GPU is gone: {error}") from error
+    except nvml.NVMLError as error:
+        raise DeviceUnavailable(f"the NVIDIA driver does not answer: {error}") from error

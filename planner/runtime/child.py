@@ -1,0 +1,64 @@
+"""The process behind a real GPU: torch, the user's model on the CPU, and a fork for each trial.
+
+CUDA is touched only in forks. Two precautions keep that true: asking whether there is a GPU goes through NVML
+(``PYTORCH_NVML_BASED_CUDA_CHECK``), and torch computes on one thread, because GNU's OpenMP hangs in a fork of a process
+whose thread pool it had started.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planner.errors import DeviceUnavailable, ModelError
+from planner.runtime.zygote import Zygote
+from planner.specs.document import parse_spec
+from planner.specs.model import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    spec: Spec
+    model: Any
+    """A ``torch.nn.Module`` on the CPU. A trial may change it: it has a copy of the whole process."""
+
+
+def build(document: Mapping[str, Any]) -> Built:
+    """Import torch and the modelling library and build the model.
+
+    Raises ``DeviceUnavailable`` for a torch without CUDA, and what ``planner.training.build_model`` raises.
+    """
+    import torch
+
+    if torch.version.cuda is None:
+        raise DeviceUnavailable(
+            f"the installed torch {torch.__version__} cannot drive this GPU: it was built without CUDA; "
+            "install a CUDA build, or use planner predict"
+        )
+    torch.set_num_threads(1)
+    from planner.training import build_model
+
+    spec = parse_spec(document)
+    model = build_model(spec)
+    if torch.cuda.is_initialized():
+        raise ModelError(
+            "the model uses the GPU while it is built; build it on the CPU, it is moved later", field="model"
+        )
+    return Built(spec, model)
+
+
+def run_trial(built: Built, **request: Any) -> Mapping[str, Any]:
+    from planner.runtime.trial import run_trial
+
+    return run_trial(built.spec, built.model, **request)
+
+
+def main() -> None:
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    Zygote(build, run_trial).serve()
+
+
+if __name__ == "__main__":
+    main()
