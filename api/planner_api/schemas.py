@@ -94,10 +94,35 @@ class JobPage(BaseModel):
     next_cursor: str | None = Field(default=None, description="`cursor` of the next page; null on the last one")
 
 
-class VerdictDocument(BaseModel):
-    """As ``planner preflight --json`` prints it."""
+VerdictWord = Literal["fits", "does_not_fit", "unknown"]
+
+
+class VariantVerdictDocument(BaseModel):
+    """The verdict on one variant."""
 
     model_config = ConfigDict(extra="allow")
+
+    variant: VariantDocument
+    verdict: VerdictWord
+    fits: bool | None
+    reason: str = Field(description="One sentence: which evidence decided, with its figures")
+    source: Literal["measured", "predicted"] | None
+    evidence_batch_size: int | None
+    peak_allocated_bytes: Bytes | None
+    peak_reserved_bytes: Bytes | None
+
+
+class VerdictDocument(BaseModel):
+    """That of the worst variant: as ``planner preflight --json`` prints it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    verdict: VerdictWord
+    fits: bool | None = Field(description="null: not enough evidence")
+    gpu: str
+    batch_size: int
+    capacity_bytes: Bytes
+    variants: list[VariantVerdictDocument]
 
 
 class GpuDocument(BaseModel):
@@ -106,6 +131,10 @@ class GpuDocument(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     name: str
+    driver_names: list[str]
+    compute_capability: list[int]
+    total_bytes: Bytes
+    default_capacity_bytes: Bytes = Field(description="What the caching allocator may reserve by default")
 
 
 class GpuList(BaseModel):

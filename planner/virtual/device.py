@@ -19,24 +19,29 @@ TIMEOUT_S = 600.0
 
 
 class VirtualDevice:
-    """A GPU type of the catalogue that is not there, with ``capacity_bytes`` for the caching allocator."""
+    """A GPU type of the catalogue that is not there, with ``capacity_bytes`` for the caching allocator.
 
-    def __init__(self, gpu: Gpu, capacity_bytes: int) -> None:
+    ``timeout_s`` bounds each answer of its tracing process, which is killed when it takes longer.
+    """
+
+    def __init__(self, gpu: Gpu, capacity_bytes: int, *, timeout_s: float = TIMEOUT_S) -> None:
         self.gpu = gpu
         self.capacity_bytes = capacity_bytes
+        self.timeout_s = timeout_s
 
     def environment(self, spec: Spec) -> Environment:
         return predicted_environment(spec, self.gpu)
 
     def open(self, spec: Spec, variant: Variant) -> VirtualRunner:
-        return VirtualRunner(self.gpu, self.capacity_bytes, spec, variant)
+        return VirtualRunner(self.gpu, self.capacity_bytes, spec, variant, self.timeout_s)
 
 
 class VirtualRunner:
     """One variant in a tracing process of its own, started with the first trial."""
 
-    def __init__(self, gpu: Gpu, capacity_bytes: int, spec: Spec, variant: Variant) -> None:
+    def __init__(self, gpu: Gpu, capacity_bytes: int, spec: Spec, variant: Variant, timeout_s: float) -> None:
         self._gpu, self._capacity_bytes, self._spec, self._variant = gpu, capacity_bytes, spec, variant
+        self._timeout_s = timeout_s
         self._child: Child | None = None
 
     def run(self, batch_size: int, *, fresh: bool = False) -> Trial:
@@ -44,7 +49,7 @@ class VirtualRunner:
         started_at, start = datetime.now(UTC), time.monotonic()
         if self._child is None:
             self._child = self._start()
-        reply = self._child.request({"do": "trial", "batch_size": batch_size}, TIMEOUT_S)
+        reply = self._child.request({"do": "trial", "batch_size": batch_size}, self._timeout_s)
         return self._trial(batch_size, reply, started_at, time.monotonic() - start)
 
     def _start(self) -> Child:
@@ -61,7 +66,7 @@ class VirtualRunner:
                     "device_total_bytes": self._gpu.total_bytes,
                     "allocator_conf": allocator_conf(),
                 },
-                TIMEOUT_S,
+                self._timeout_s,
             )
         except BaseException:
             child.kill()

@@ -6,17 +6,34 @@ from collections.abc import Callable
 
 from fastapi import APIRouter, Request
 
+from planner.devices import Device
 from planner.errors import InvalidArgument
+from planner.gpus import Gpu
 from planner.preflight import Verdict, preflight
 from planner.reports import verdict_dict
+from planner.specs.model import Spec, Variant
 from planner.targets import check_targets
+from planner.virtual.device import VirtualDevice, VirtualRunner
 from planner_api.documents import PreflightQuestion, read_question
 from planner_api.openapi import question_body, question_parameters
-from planner_api.problems import problem_responses
+from planner_api.problems import TimedOut, problem_responses
 from planner_api.schemas import VerdictDocument
 from planner_api.service import ServiceDep
 
 router = APIRouter(prefix="/v1", tags=["preflight"])
+
+
+class _BoundedDevice(VirtualDevice):
+    """A virtual GPU that begins no variant after its question was given up, so that its thread is soon free again."""
+
+    def __init__(self, gpu: Gpu, capacity_bytes: int, timeout_s: float, should_stop: Callable[[], bool]) -> None:
+        super().__init__(gpu, capacity_bytes, timeout_s=timeout_s)
+        self._should_stop = should_stop
+
+    def open(self, spec: Spec, variant: Variant) -> VirtualRunner:
+        if self._should_stop():
+            raise TimedOut("nobody waits for this prediction any more")
+        return super().open(spec, variant)
 
 
 @router.post(
@@ -41,6 +58,16 @@ async def ask_preflight(request: Request, service: ServiceDep) -> VerdictDocumen
     check_targets(asked.spec, service.settings.allowed_prefixes)
 
     def work(should_stop: Callable[[], bool]) -> Verdict:
-        return preflight(asked.spec, gpu, batch_size, capacity_bytes=asked.capacity_bytes, store=service.store)
+        def predictor(kind: Gpu, capacity_bytes: int) -> Device:
+            return _BoundedDevice(kind, capacity_bytes, service.settings.preflight_timeout_s, should_stop)
+
+        return preflight(
+            asked.spec,
+            gpu,
+            batch_size,
+            capacity_bytes=asked.capacity_bytes,
+            store=service.store,
+            make_predictor=predictor,
+        )
 
     return VerdictDocument(**verdict_dict(await service.predictions.run(work)))
