@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {
         "source": "transformers",
         "model_type": "gpt2",
         "task": "causal-lm",
-        "config": {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 512},
+        "config": {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 512, "use_cache": False},
     },
     "data": {"kind": "tokens", "sequence_length": 32},
 }
