@@ -42,7 +42,7 @@ def build(document: Mapping[str, Any]) -> Built:
 
     spec = parse_spec(document)
     model = build_model(spec)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise ModelError(
             "the model uses the GPU while it is built; build it on the CPU, it is moved later", field="model"
         )

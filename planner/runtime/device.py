@@ -1,4 +1,4 @@
-"""The real GPU as a ``Device``: every trial a fresh process under the capacity. The parent's side: no torch, no CUDA."""
+"""The real GPU as a ``Device``: each trial a fresh process under the capacity. The parent's side: no torch, no CUDA."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ class LocalRunner:
         except ChildError as error:
             reply = {"outcome": "failed", "error": str(error), "details": {"output": error.tail[-2000:]}}
         else:
-            if isinstance(reply.get("error"), dict):
-                raise _error_of(reply["error"])
+            if "raised" in reply:
+                raise _error_of(reply["raised"])
             if reply["outcome"] == Outcome.FAILED:
                 reply["details"] = {**reply.get("details", {}), "output": child.tail()[-2000:]}
         return _trial(batch_size, reply, started_at, time.monotonic() - start)
@@ -121,8 +121,7 @@ class LocalRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:  # interrupted, or the card is gone: what is preloaded serves nobody
-            self._device.close()
+        """Nothing to end: a trial's process ends with the trial, the preloaded one serves the next variant too."""
 
 
 def _error_of(body: dict[str, Any]) -> BaseException:

@@ -1,7 +1,7 @@
 """Running one piece of work in a forked copy of this process: a fresh process that repays no import.
 
-Only for a process that has no thread of its own and has not touched CUDA: threads do not survive a fork, and CUDA refuses
-to work in a copy of a process that used it. No torch here.
+Only for a process that has no thread of its own and has not touched CUDA: threads do not survive a fork, and CUDA
+refuses to work in a copy of a process that used it. No torch here.
 """
 
 from __future__ import annotations

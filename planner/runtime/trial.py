@@ -76,7 +76,7 @@ def run_trial(
 def _limit(capacity_bytes: int) -> torch.device:
     """Start CUDA on the one visible GPU, its caching allocator limited to ``capacity_bytes``."""
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         device = torch.device("cuda", 0)
         total_bytes = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(memory_fraction(capacity_bytes, total_bytes), device)
@@ -92,8 +92,8 @@ def _limit(capacity_bytes: int) -> torch.device:
 def memory_fraction(capacity_bytes: int, total_bytes: int) -> float:
     """The fraction that makes torch's limit exactly ``capacity_bytes``.
 
-    torch allows ``static_cast<size_t>(fraction * total)`` (c10/cuda/CUDACachingAllocator.cpp, ``setMemoryFraction``), so
-    a quotient that was rounded down would allow a byte less.
+    torch allows ``static_cast<size_t>(fraction * total)`` (c10/cuda/CUDACachingAllocator.cpp, ``setMemoryFraction``),
+    so a quotient that was rounded down would allow a byte less.
     """
     fraction = min(capacity_bytes / total_bytes, 1.0)
     while fraction < 1.0 and int(fraction * total_bytes) < capacity_bytes:

@@ -31,9 +31,9 @@ class Zygote:
         return {}
 
     def trial(self, *, timeout_s: float, **request: Any) -> Mapping[str, Any]:
-        """One trial in a fork. A fork that dies or hangs is the result ``{"outcome": "failed", "error": ...}``.
+        """One trial in a fork: its result, or ``{"raised": ...}`` with the ``PlannerError`` that it raised.
 
-        Raises the ``PlannerError`` that the trial raised.
+        A fork that dies, hangs or has a defect is the result ``{"outcome": "failed", "error": ...}``.
         """
         message = {"do": "trial", **request}
         forked = run_forked(lambda: answer({"trial": self._in_fork}, message), timeout_s)
@@ -45,8 +45,7 @@ class Zygote:
         error = forked.reply["error"]
         if error["code"] == InternalError.code:
             return {"outcome": "failed", "error": error["message"], "details": {"trace": error["trace"]}}
-        # The parent gets the error as the fork reported it, with the fork's own traceback.
-        return {"error": error}
+        return {"raised": error}
 
     def _in_fork(self, **request: Any) -> Mapping[str, Any]:
         return self._run_trial(self._built, **request)

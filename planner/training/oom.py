@@ -1,7 +1,8 @@
-"""What an exception of a training step means: out of memory, a fault of the GPU's libraries, a lost GPU, or none of them.
+"""What an exception of a training step means: out of memory, a fault of the GPU's libraries, a lost GPU, or none.
 
-The one place that decides what is an OOM. Types decide first; of texts only those count that a library prints for exactly
-one status, so that an error that merely resembles one ("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED") is never taken for it.
+The one place that decides what is an OOM. Types decide first; of texts only those count that a library prints for
+exactly one status, so that an error that merely resembles one ("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED") is never
+taken for it.
 """
 
 from __future__ import annotations
