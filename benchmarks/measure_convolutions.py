@@ -23,7 +23,7 @@ import torch
 COLUMNS = ["dtype", "channels_last", "n", "c", "k", "groups", "kernel", "stride", "padding", "dilation", "input", "forward", "dgrad", "wgrad"]  # fmt: skip
 IMAGE_MODELS = {
     "resnet50": 224, "vgg16": 224, "densenet121": 224, "convnext_tiny": 224, "efficientnet_b0": 224, "mobilenet_v3_large": 224,
-    "resnext50_32x4d": 224, "inception_v3": 299, "regnet_y_8gf": 224, "squeezenet1_1": 224,
+    "resnext50_32x4d": 224, "inception_v3": 299, "squeezenet1_1": 224,
 }  # fmt: skip
 
 
@@ -90,7 +90,9 @@ def measure(layer: tuple[Any, ...], n: int, dtype: torch.dtype, channels_last: b
     convolution = torch.ops.aten.convolution
     out = convolution(x, weight, None, stride, padding, dilation, False, [0] * len(size), groups)
     grad = torch.randn_like(out)
-    forward = workspace(lambda: convolution(x, weight, None, stride, padding, dilation, False, [0] * len(size), groups), None)  # type: ignore[arg-type]
+    forward = workspace(
+        lambda: convolution(x, weight, None, stride, padding, dilation, False, [0] * len(size), groups), None
+    )  # type: ignore[arg-type]
 
     def backward(mask: list[bool]) -> Any:
         return torch.ops.aten.convolution_backward(
@@ -99,7 +101,22 @@ def measure(layer: tuple[Any, ...], n: int, dtype: torch.dtype, channels_last: b
 
     dgrad = workspace(lambda: backward([True, False, False]), None)  # type: ignore[arg-type]
     wgrad = workspace(lambda: backward([False, True, False]), None)  # type: ignore[arg-type]
-    return [str(dtype)[6:], int(channels_last), n, c, k, groups, kernel, stride, padding, dilation, size, forward, dgrad, wgrad]
+    return [
+        str(dtype)[6:],
+        int(channels_last),
+        n,
+        c,
+        k,
+        groups,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        size,
+        forward,
+        dgrad,
+        wgrad,
+    ]
 
 
 def main() -> None:
@@ -141,7 +158,9 @@ def main() -> None:
         for index, name in ((11, "forward"), (12, "dgrad"), (13, "wgrad")):
             sizes = sorted(row[index] for row in rows if row[0] == dtype and row[index] >= 0)
             if sizes:
-                print(f"{dtype:10} {name:9} {sum(s == 0 for s in sizes):6} {sizes[len(sizes) // 2] / 2**20:11.1f} {sizes[-1] / 2**20:10.1f}")
+                print(
+                    f"{dtype:10} {name:9} {sum(s == 0 for s in sizes):6} {sizes[len(sizes) // 2] / 2**20:11.1f} {sizes[-1] / 2**20:10.1f}"
+                )
 
 
 if __name__ == "__main__":
