@@ -96,7 +96,7 @@ def test_table_shows_everything_a_plan_says(spec: str, store_flag: str, capsys: 
     assert "the allocator may reserve 16.00 GiB" in out
     assert "stored in sqlite:///" in out
     assert out.split("\n\n")[1].startswith("Largest batch size: 33")
-    assert "[1/4] fp32: batch" in err
+    assert "[1/4] fp32: tries batch" in err
     assert "predicted" not in out
 
 

@@ -44,7 +44,7 @@ def test_finished_plans_outlive_a_signal(
 ) -> None:
     spec, store = str(write_spec(tmp_path)), f"--store=sqlite:///{tmp_path / 'plans.db'}"
     process = start(tmp_path, str(FAKES), "5", "probe", spec, store, "--json")
-    read_until(process, "[3/4] bf16-amp: batch")
+    read_until(process, "[3/4] bf16-amp: tries batch")
     process.send_signal(number)
     out, err = process.communicate(timeout=10)
     assert process.returncode == status
@@ -66,7 +66,7 @@ def test_two_signals_at_once_are_one(tmp_path: Path) -> None:
     """``make`` and a terminal both send one: the second must not cut the first one's message off."""
     spec = str(write_spec(tmp_path))
     process = start(tmp_path, str(FAKES), "5", "probe", spec, f"--store=sqlite:///{tmp_path / 'plans.db'}")
-    read_until(process, "[3/4] bf16-amp: batch")
+    read_until(process, "[3/4] bf16-amp: tries batch")
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)

@@ -134,9 +134,9 @@ def test_plain_display_writes_a_line_for_each_step(progress: SweepProgress, cloc
         display(TrialFinished(variant=PLAIN, trial=trial(16, Outcome.OOM)))
         display(VariantFinished(plan=plan(PLAIN), index=0))
     assert text.getvalue().splitlines() == [
-        "[1/2] fp32: batch 8 runs; time left unknown yet",
+        "[1/2] fp32: tries batch 8; time left unknown yet",
         "[1/2] fp32: batch 8 fits: 4.00 GiB reserved (1.2 s)",
-        "[1/2] fp32: batch 16 runs; fits 8; about 1 s left for this variant, then 1 more variant",
+        "[1/2] fp32: tries batch 16; fits 8; about 1 s left for this variant, then 1 more variant",
         "[1/2] fp32: batch 16 runs out of memory",
         "[1/2] fp32: largest batch size 9, 10 runs out of memory (certified, 0 trials)",
     ]

@@ -89,8 +89,7 @@ def verdict_lines(verdict: dict[str, Any]) -> list[str]:
         f"allocator may reserve {format_bytes(verdict['capacity_bytes'])}"
     ]
     for each in verdict["variants"]:
-        evidence = f" ({wording.evidence(each)})" if each.get("source") else ""
         label = wording.variant_label(each["variant"])
-        lines.append(f"  {label}: {_WORDS[each['verdict']]}{evidence}: {each['reason']}")
+        lines.append(f"  {label}: {_WORDS[each['verdict']]}; {each['reason']}")
         lines.extend(f"    {text}" for text in each.get("notes") or ())
     return [*lines, *(verdict.get("notes") or ())]

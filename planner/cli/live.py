@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.cli import wording
-from planner.cli.progress import SweepProgress, VariantProgress
+from planner.cli.progress import SweepProgress, VariantProgress, bracket
 from planner.progress import Progress, TrialFinished, TrialStarted, VariantFinished
 from planner.reports import plan_dict
+from planner.trials import PlanStatus
 
 
 class Display(Protocol):
@@ -74,7 +75,7 @@ class PlainDisplay(QuietDisplay):
                 self._line(
                     row,
                     "; ".join(
-                        part for part in (f"batch {event.batch_size} runs", row.bracket(), left(self.progress)) if part
+                        part for part in (f"tries batch {event.batch_size}", row.bracket(), left(self.progress)) if part
                     ),
                 )
             case TrialFinished():
@@ -109,7 +110,7 @@ class LiveDisplay(QuietDisplay):
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("variant", overflow="fold")
         table.add_column("state", overflow="fold")
-        table.add_column("running now", no_wrap=True)
+        table.add_column("trying now", no_wrap=True)
         table.add_column("bracket", overflow="fold")
         table.add_column("trials", justify="right", no_wrap=True)
         for row in self.progress.rows:
@@ -136,7 +137,10 @@ _STATE_STYLES = {
 
 
 def _bracket(row: VariantProgress) -> str:
-    return row.bracket() or "-" if row.plan is None else wording.sizes_line(plan_dict(row.plan))
+    plan = row.plan
+    if plan is None or plan.status is not PlanStatus.PLANNED or not plan.max_batch_size:
+        return row.bracket() or "-" if plan is None else wording.sizes_line(plan_dict(plan))
+    return bracket(plan.max_batch_size, plan.first_oom_batch_size)
 
 
 def left(progress: SweepProgress) -> str:

@@ -41,10 +41,12 @@ class VariantProgress:
 
     def bracket(self) -> str:
         """The bracket so far, e.g. ``fits 8 · OOM 16``; empty before the first trial ends."""
-        parts = [f"fits {self.low}"] if self.low else []
-        if self.high is not None:
-            parts.append(f"OOM {self.high}")
-        return " · ".join(parts)
+        return bracket(self.low, self.high)
+
+
+def bracket(low: int, high: int | None) -> str:
+    """``(8, 16)`` -> ``"fits 8 · OOM 16"``; 0 and ``None`` leave their half out."""
+    return " · ".join([*([f"fits {low}"] if low else []), *([f"OOM {high}"] if high is not None else [])])
 
 
 class SweepProgress:
@@ -92,7 +94,7 @@ class SweepProgress:
         return row
 
     def seconds_left(self) -> float | None:
-        """Estimate: trials left here x mean trial, plus waiting variants x mean variant; ``None`` = not known yet."""
+        """Trials left x mean of the last two, plus waiting variants x mean variant; ``None`` = not known yet."""
         total = 0.0
         for row in self.rows:
             if row.plan is not None:
@@ -121,7 +123,9 @@ class SweepProgress:
         seconds = row.trial_seconds or [s for other in self.rows for s in other.trial_seconds]
         if not seconds:
             return None
-        mean = sum(seconds) / len(seconds)
+        # Of the last two: the first trial of a variant also builds its model, and must not count for all of them.
+        recent = seconds[-2:]
+        mean = sum(recent) / len(recent)
         already = 0.0 if row.trial_started_at_s is None else self._clock() - row.trial_started_at_s
         return max(row.remaining_trials * mean - already, 0.0)
 

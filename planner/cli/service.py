@@ -42,25 +42,25 @@ def serve(
 
     settings = _settings()
     log_to_stderr()
-    with parts_of(context).open_store(store) as opened, _listen(host or settings.host, port, settings) as listening:
-        stop = threading.Event()
+    with (
+        parts_of(context).open_store(store) as opened,
+        _listen(host or settings.host, port, settings) as listening,
+        _stopped_by_signals() as stop,
+    ):
+        address, chosen = listening.getsockname()[:2]
+        note(f"planner listens on http://{f'[{address}]' if ':' in address else address}:{chosen}, store {opened.url}")
         thread = None
         if not no_worker:
             worker = Worker(opened, allowed_targets=settings.allowed_prefixes)
             thread = threading.Thread(target=worker.run, args=(stop,), name="dispatcher", daemon=True)
             thread.start()
         app = create_app(opened, settings, dispatcher=thread)
-        address, chosen = listening.getsockname()[:2]
-        note(f"planner listens on http://{f'[{address}]' if ':' in address else address}:{chosen}, store {opened.url}")
-        # uvicorn ends on SIGINT and SIGTERM after the requests in flight; an open event stream must not hold it up.
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-        try:
-            with contextlib.suppress(KeyboardInterrupt):
-                uvicorn.Server(config).run(sockets=[listening])
-        finally:
-            stop.set()
-            if thread is not None:
-                thread.join(timeout=10)
+        # uvicorn ends on SIGINT and SIGTERM after the requests in flight, then raises the signal again: that sets
+        # ``stop``. An open event stream must not hold it up.
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[listening])
+        stop.set()
+        if thread is not None:
+            thread.join(timeout=10)
     return 0
 
 

@@ -46,16 +46,24 @@ def plans_table(console: Console, plans: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def intervals(plans: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the reserved bytes of predictions are expected, under what that rests on."""
+    lines: dict[str, list[str]] = {}
+    for plan in plans:
+        if interval := plan.get("reserved_interval"):
+            low, high = format_bytes(interval["low_bytes"]), format_bytes(interval["high_bytes"])
+            label = wording.variant_label(plan["variant"])
+            lines.setdefault(str(interval["basis"]), []).append(f"  {label}: {low} to {high}")
+    return [line for basis, ranges in lines.items() for line in (f"Reserved bytes expected ({basis}):", *ranges)]
+
+
 def remarks(plans: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What must be read beside the table: failures, intervals, stated assumptions; each sentence once."""
+    """What must be read beside the table: failures, retries, stated assumptions; each sentence once."""
     lines: list[str] = []
     for plan in plans:
         label = wording.variant_label(plan["variant"])
         if wording.status(plan) != "planned":
             lines.append(f"{label}: {wording.sizes_line(plan)}")
-        if interval := plan.get("reserved_interval"):
-            low, high = format_bytes(interval["low_bytes"]), format_bytes(interval["high_bytes"])
-            lines.append(f"{label}: reserved bytes expected between {low} and {high} ({interval['basis']})")
         if retries := plan.get("num_alloc_retries"):
             lines.append(f"{label}: the allocator gave cached memory back {wording.counted(retries, 'time')} to go on")
     for plan in plans:
@@ -84,7 +92,7 @@ def print_plans(
 ) -> None:
     """The table, then its remarks, the summary sentences, and where it all comes from with ``notes``."""
     console.print(plans_table(console, plans))
-    for block in (remarks(plans), list(summary), [*origin(plans), *notes]):
+    for block in (intervals(plans), remarks(plans), list(summary), [*origin(plans), *notes]):
         if block:
             console.print()
             print_lines(console, block)

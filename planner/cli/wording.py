@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from planner.trials import Outcome, Trial
+from planner.trials import Outcome, Source, Trial
 from planner.units import GIB, format_bytes
 
 
@@ -70,15 +70,25 @@ def evidence(plan: Mapping[str, Any]) -> str:
 
 
 def trial_line(trial: Trial) -> str:
-    """One finished trial: ``batch 8 fits: 12.40 GiB reserved (1.2 s)``."""
+    """One finished trial: ``batch 8 fits: 12.40 GiB reserved (1.2 s)``; a prediction says that it is one."""
     parts = []
     if trial.peaks is not None and trial.fits:
         parts.append(f"{format_bytes(trial.peaks.reserved_bytes)} reserved")
     if trial.error and trial.outcome is Outcome.FAILED:
         parts.append(trial.error.strip().splitlines()[-1])
-    word = {Outcome.FITS: "fits", Outcome.OOM: "runs out of memory", Outcome.FAILED: "failed"}[trial.outcome]
+    word = _OUTCOMES[trial.source][trial.outcome]
     took = f" ({seconds(trial.duration_s)})" if trial.duration_s else ""
     return f"batch {trial.batch_size} {word}" + (f": {', '.join(parts)}" if parts else "") + took
+
+
+_OUTCOMES = {
+    Source.MEASURED: {Outcome.FITS: "fits", Outcome.OOM: "runs out of memory", Outcome.FAILED: "failed"},
+    Source.PREDICTED: {
+        Outcome.FITS: "is predicted to fit",
+        Outcome.OOM: "is predicted to run out of memory",
+        Outcome.FAILED: "could not be predicted",
+    },
+}
 
 
 def sizes_line(plan: Mapping[str, Any]) -> str:
