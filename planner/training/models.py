@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ def transformers_config(model: ModelSpec) -> Any:
     defaults = config_class()
     _check_config(defaults, model.config, "model.config")
     try:
-        return config_class(**model.config)
+        return config_class(**model.arguments())
     except Exception as error:
         raise InvalidSpec(f"the config was refused: {_first_line(error)}", field="model.config") from error
 
@@ -145,17 +145,26 @@ def _config_keys(config: Any) -> set[str]:
 
 def _timm(model: ModelSpec) -> torch.nn.Module:
     timm = _require("timm")
+    _refuse_weights(model.config, ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"))
     if not timm.is_model(model.name):
         raise InvalidSpec(
             f"timm {timm.__version__} has no model {model.name!r}",
             field="model.name",
             suggestion=nearest(model.name, timm.list_models()),
         )
-    return _built(model.name, lambda: timm.create_model(model.name, pretrained=False, **model.config))
+    return _built(model.name, lambda: timm.create_model(model.name, pretrained=False, **model.arguments()))
+
+
+def _refuse_weights(arguments: Mapping[str, Any], names: Sequence[str]) -> None:
+    """A spec describes a model; it never makes the planner read weights, from a hub or from a file (an unpickled one runs code)."""
+    for name in names:
+        if arguments.get(name):
+            raise InvalidSpec("weights are never loaded: memory does not depend on their values", field=f"model.args.{name}")
 
 
 def _torchvision(model: ModelSpec) -> torch.nn.Module:
     torchvision = _require("torchvision")
+    _refuse_weights(model.config, ("weights", "weights_backbone"))
     names = torchvision.models.list_models()
     if model.name not in names:
         raise InvalidSpec(
@@ -163,7 +172,7 @@ def _torchvision(model: ModelSpec) -> torch.nn.Module:
             field="model.name",
             suggestion=nearest(model.name, names),
         )
-    arguments = {"weights": None, **model.config}
+    arguments = {"weights": None, **model.arguments()}
     if "detection" in model.name or "segmentation" in model.name:
         arguments.setdefault("weights_backbone", None)
     return _built(model.name, lambda: torchvision.models.get_model(model.name, **arguments))
@@ -172,7 +181,7 @@ def _torchvision(model: ModelSpec) -> torch.nn.Module:
 def _python(model: ModelSpec) -> torch.nn.Module:
     target = import_target(model.name, field="model.target")
     _check_arguments(target, model.config, "model.args")
-    return _built(model.name, lambda: target(**model.config))
+    return _built(model.name, lambda: target(**model.arguments()))
 
 
 def _check_arguments(target: Any, arguments: Mapping[str, Any], field: str) -> None:

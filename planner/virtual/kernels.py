@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from planner.virtual.architecture import Architecture
+from planner.virtual.convolutions import ELEMENT_BYTES, Direction, Workspace, workspace_bytes
 from planner.virtual.reductions import Loop, reduction_loops, semaphore_bytes, staging_buffer_bytes
 from planner.virtual.trace import Formula
 
@@ -20,12 +21,13 @@ aten = torch.ops.aten
 
 Step = tuple[str, int | Formula]
 """``("output", i)``: the i-th new storage that the operator returns; ``("temporary", bytes)``: freed when the operator ends, last first;
-``("kept", bytes)``: for the life of the process; ``("free", 0)``: the newest temporary is freed now."""
+``("kept", bytes)``: for the life of the process; ``("free", 0)``: the newest temporary is freed now; ``("doubt", bytes)``: nothing is
+allocated, but the call may take up to so much more or less."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One operator call as the recorder sees it: fake tensors in and out."""
+    """One operator call as the recorder sees it: fake tensors in and out. A rule must keep none of them."""
 
     packet: Any
     args: Sequence[Any]
@@ -45,8 +47,7 @@ class Kernels:
         """The allocations and frees of ``call``, made by the autograd engine's thread or by the main one."""
         rule = _RULES.get(call.packet)
         if rule is None:
-            for index in range(len(call.sizes)):
-                yield "output", index
+            yield from _outputs(call)
         else:
             yield from rule(call, self.architecture)
         if call.packet in _GEMMS:
@@ -82,6 +83,22 @@ def _outputs(call: Call) -> Iterator[Step]:
         yield "output", index
 
 
+def is_modelled(packet: Any) -> bool:
+    """Whether the temporary memory of this operator's kernels is described (for most operators: there is none)."""
+    return packet not in _UNMODELLED
+
+
+# Operators whose CUDA kernels take temporary memory that no rule here describes: cub's sorts and scans, cuFFT, cuSOLVER, and loops.
+_UNMODELLED = {
+    packet
+    for name in """sort topk kthvalue median mode unique_dim _unique2 unique_consecutive nonzero masked_select index_put index_put_
+    _index_put_impl_ multinomial bincount histc _fft_r2c _fft_c2r _fft_c2c linalg_qr linalg_inv_ex linalg_cholesky_ex _linalg_svd
+    _linalg_eigh _linalg_solve_ex _linalg_det linalg_lu_factor_ex _ctc_loss _cdist_forward _cdist_backward grid_sampler_3d_backward
+    _grouped_mm _scaled_grouped_mm segment_reduce""".split()
+    if (packet := getattr(aten, name, None)) is not None
+}
+
+
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -102,18 +119,22 @@ def _reduction(call: Call, architecture: Architecture) -> Iterator[Step]:
         position = 2 if call.packet is aten.linalg_vector_norm else 1
         dims = call.args[position] if len(call.args) > position else call.kwargs.get("dim")
         dims = (dims,) if isinstance(dims, int) and not isinstance(dims, bool) else dims
-        loops = reduction_loops(tensor, tuple(dims) if isinstance(dims, (list, tuple)) else ())
-        accumulator = max(4, tensor.element_size())
-        reduced = tuple(flag for _, _, flag in loops)
-        numbers = tuple(number for size, stride, _ in loops for number in (size, stride))
-        for size_of in (staging_buffer_bytes, semaphore_bytes):
+        yield from _staging(tensor, tuple(dims) if isinstance(dims, (list, tuple)) else (), architecture)
 
-            def size(*flat: int, size_of: Callable[..., int] = size_of) -> int:
-                pairs = zip(flat[::2], flat[1::2], reduced, strict=True)
-                found: list[Loop] = list(pairs)
-                return size_of(accumulator, architecture.num_sms, architecture.threads_per_sm, found)
 
-            yield "temporary", Formula(size, numbers)
+def _staging(tensor: torch.Tensor, dims: tuple[int, ...], architecture: Architecture) -> Iterator[Step]:
+    """The temporaries of reducing ``tensor`` over ``dims`` (all when empty)."""
+    loops = reduction_loops(tensor, dims)
+    accumulator = max(4, tensor.element_size())
+    reduced = tuple(flag for _, _, flag in loops)
+    numbers = tuple(number for size, stride, _ in loops for number in (size, stride))
+    for size_of in (staging_buffer_bytes, semaphore_bytes):
+
+        def size(*flat: int, size_of: Callable[..., int] = size_of) -> int:
+            found: list[Loop] = list(zip(flat[::2], flat[1::2], reduced, strict=True))
+            return size_of(accumulator, architecture.num_sms, architecture.threads_per_sm, found)
+
+        yield "temporary", Formula(size, numbers)
 
 
 @_rule("embedding")
@@ -134,7 +155,7 @@ def _embedding_backward(call: Call, _: Architecture) -> Iterator[Step]:
     grad, indices, num_weights = call.args[0], call.args[1], call.args[2]
     if not indices.is_contiguous():
         yield "temporary", _bytes(indices)
-    count = indices.numel()
+    count, width = indices.numel(), grad.shape[-1]
 
     def sorting(size: Callable[[int], int]) -> Step:
         return "temporary", Formula(lambda number: size(number) if number > 3072 else 0, (count,))
@@ -152,7 +173,7 @@ def _embedding_backward(call: Call, _: Architecture) -> Iterator[Step]:
     for size in (lambda number: 8 * number, lambda _: 8, lambda number: 8 * number, lambda number: 8 * number, lambda _: 8):
         yield sorting(size)
     yield sorting(lambda number: 8 * partial(number))
-    yield sorting(lambda number: 4 * partial(number) * grad.shape[-1])
+    yield sorting(lambda number: 4 * partial(number) * width)
 
 
 @_rule("_scaled_dot_product_cudnn_attention")
@@ -193,3 +214,66 @@ def _flash_attention_backward(call: Call, _: Architecture) -> Iterator[Step]:
         expanded = batch * key.shape[2] * heads * head_dim * key.element_size()
         yield "temporary", expanded
         yield "temporary", expanded
+
+
+@_rule("convolution")
+def _convolution(call: Call, architecture: Architecture) -> Iterator[Step]:
+    """The result, then cuDNN's workspace (recorded trace of resnet50)."""
+    yield from _outputs(call)
+    transposed = bool(call.args[6])
+    yield from _workspace_of("dgrad" if transposed else "forward", call.args[0], call.args[1], call.args[3:9], architecture)
+
+
+@_rule("convolution_backward")
+def _convolution_backward(call: Call, architecture: Architecture) -> Iterator[Step]:
+    """The input's gradient and its workspace, then the weights', then the bias's sum (recorded trace of resnet50)."""
+    grad, inputs, weight, _, stride, padding, dilation, transposed, output_padding, groups, mask = call.args
+    options = (stride, padding, dilation, transposed, output_padding, groups)
+    outputs = iter(range(len(call.sizes)))
+    if mask[0]:
+        yield "output", next(outputs)
+        yield from _workspace_of("forward" if transposed else "dgrad", inputs, weight, options, architecture)
+    if mask[1]:
+        yield "output", next(outputs)
+        yield from _workspace_of("wgrad", inputs, weight, options, architecture)
+    for index in outputs:
+        yield "output", index
+    if mask[2]:
+        yield from _staging(grad, (0, *range(2, grad.dim())), architecture)
+
+
+def _workspace_of(
+    direction: Direction, inputs: torch.Tensor, weight: torch.Tensor, options: Sequence[Any], architecture: Architecture
+) -> Iterator[Step]:
+    """cuDNN's workspace, allocated and freed, and how far it may be off (``planner.virtual.convolutions``)."""
+    stride, padding, dilation, transposed, _, groups = options
+    if str(inputs.dtype)[6:] not in ELEMENT_BYTES:
+        return
+    if transposed:  # the convolution that it transposes runs from what is this one's result
+        size = tuple(
+            (length - 1) * step - 2 * pad + gap * (width - 1) + 1
+            for length, step, pad, gap, width in zip(
+                inputs.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+            )
+        )
+        c, k = weight.shape[1] * groups, inputs.shape[1]
+    else:
+        size, c, k = tuple(inputs.shape[2:]), inputs.shape[1], weight.shape[0]
+    layer: dict[str, Any] = {
+        "direction": direction, "dtype": str(inputs.dtype)[6:], "c": c, "k": k, "groups": groups, "kernel": tuple(weight.shape[2:]),
+        "stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "input_size": size,
+        "channels_last": inputs.dim() == 4 and _is_channels_last(inputs) | _is_channels_last(weight),
+        "compute_capability": architecture.compute_capability,
+    }  # fmt: skip
+
+    def workspace(n: int) -> Workspace:  # outlives the call: it must hold no tensor, which would never be freed
+        return workspace_bytes(n=n, **layer)
+
+    numbers = (inputs.shape[0],)
+    yield "temporary", Formula(lambda n: workspace(n).bytes, numbers)
+    yield "free", 0
+    yield "doubt", Formula(lambda n: max(workspace(n).high - workspace(n).bytes, workspace(n).bytes - workspace(n).low), numbers)
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +47,10 @@ def predict_trial(
     doubt = int(needed * accuracy.relative) + accuracy.absolute_bytes
     low_doubt = high_doubt = doubt
     basis = accuracy.basis
-    for operator, size in unmodelled(scaled).items():
+    for operator, size, modelled in scaled.doubts:
         low_doubt, high_doubt = low_doubt + size, high_doubt + size
-        basis += f"; {operator}: {format_bytes(size)} either side, its temporary memory is not modelled"
+        why = "its workspace is chosen by cuDNN" if modelled else "its temporary memory is not modelled"
+        basis += f"; {operator}: {format_bytes(size)} either side, {why}"
     reply: dict[str, Any] = {
         "fits": limited.fits,
         # Where memory ran out the peaks are those of a run with no limit: what the batch would take.
@@ -60,17 +60,12 @@ def predict_trial(
         "needed": {"bytes": needed, "low_bytes": max(0, needed - low_doubt), "high_bytes": needed + high_doubt, "basis": basis},
         "traced": scaled.exact,
         "traced_batch_sizes": list(family.traced_sizes),
-        "unmodelled": sorted(unmodelled(scaled)),
+        "unmodelled": sorted(operator for operator, _, modelled in scaled.doubts if not modelled),
         "notes": list(scaled.trace.notes),
     }
     if limited.oom is not None:
         reply["error"] = str(limited.oom.error)
     return reply
-
-
-def unmodelled(scaled: Scaled) -> Mapping[str, int]:
-    """Operators of the step whose temporary memory is not modelled, with the most bytes that one call of each touched."""
-    return scaled.trace.unmodelled
 
 
 _NEEDED_PRECISION = 1 / 256

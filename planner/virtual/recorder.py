@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from planner.errors import ModelError
 from planner.virtual import values
 from planner.virtual.backend import NAME
-from planner.virtual.kernels import Call, Kernels
-from planner.virtual.trace import Trace
+from planner.virtual.kernels import Call, Kernels, is_modelled
+from planner.virtual.trace import Doubt, Formula, Trace
 
 aten = torch.ops.aten
 # What a gradient that only the engine's buffer holds counts here, seen from inside a dispatch mode.
@@ -105,10 +105,17 @@ class Recorder(TorchDispatchMode):
                 self._birth(*born[value], name)
             elif kind == "free":
                 trace.free(temporaries.pop())
+            elif kind == "doubt":
+                assert isinstance(value, Formula)
+                trace.doubts.append(Doubt(name.removeprefix("aten::"), value, modelled=True))
             else:
                 block = trace.allocate(value, name)
                 if kind == "temporary":
                     temporaries.append(block)
+        if not is_modelled(func._overloadpacket):
+            involved = tree_leaves((args, kwargs, outputs))
+            touched_bytes = sum(item.numel() * item.element_size() for item in involved if isinstance(item, FakeTensor))
+            trace.doubts.append(Doubt(name.removeprefix("aten::"), Formula(int, (touched_bytes,)), modelled=False))
         for block in reversed(temporaries):  # as their C++ owners go out of scope
             trace.free(block)
 

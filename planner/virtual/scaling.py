@@ -8,7 +8,7 @@ nearest trace with the same order as the next one up is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from planner.allocator import Events
@@ -24,6 +24,8 @@ class Scaled:
     """The trace whose order of events they have."""
     exact: bool
     """Traced at this very batch size, not scaled."""
+    doubts: tuple[tuple[str, int, bool], ...]
+    """``(operator, bytes that it may be off by, modelled)`` at this batch size, the largest of each operator."""
 
 
 class TraceFamily:
@@ -42,7 +44,8 @@ class TraceFamily:
         trace = self._traces.get(batch_size)
         if trace is None:
             trace = self._traces[batch_size] = self._trace(batch_size)
-        return Scaled(Events(trace.events, trace.sizes), trace, True)
+        doubts = _largest((doubt.operator, doubt.error.size(), doubt.modelled) for doubt in trace.doubts)
+        return Scaled(Events(trace.events, trace.sizes), trace, True, doubts)
 
     def scaled(self, batch_size: int) -> Scaled:
         """The events at ``batch_size``, scaled from the two nearest traces that agree, traced where there are none."""
@@ -61,7 +64,11 @@ class TraceFamily:
         ]
         for block, formula in first.formulas.items():
             sizes[block] = formula.between(second.formulas[block], low, high, batch_size)
-        return Scaled(Events(second.events, sizes), second, False)
+        doubts = _largest(
+            (doubt.operator, doubt.error.between(other.error, low, high, batch_size), doubt.modelled)
+            for doubt, other in zip(first.doubts, second.doubts, strict=True)
+        )
+        return Scaled(Events(second.events, sizes), second, False, doubts)
 
     def _nearest_pair(self, batch_size: int) -> tuple[int, int] | None:
         """Two traced sizes with the same events: around ``batch_size`` if possible, else the nearest below or above it."""
@@ -75,3 +82,11 @@ class TraceFamily:
 
 _FIRST = (2, 5)
 """Where a family is traced first. Not 1: dimensions of size 1 make tensors contiguous that otherwise are not."""
+
+
+def _largest(doubts: Iterable[tuple[str, int, bool]]) -> tuple[tuple[str, int, bool], ...]:
+    worst: dict[str, tuple[str, int, bool]] = {}
+    for doubt in doubts:
+        if doubt[1] > worst.get(doubt[0], ("", 0, True))[1]:
+            worst[doubt[0]] = doubt
+    return tuple(worst.values())

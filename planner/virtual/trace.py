@@ -29,6 +29,17 @@ class Formula:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """One call of an operator whose temporary memory may be off."""
+
+    operator: str
+    error: Formula
+    """The most bytes that it may be off by."""
+    modelled: bool
+    """Whether a rule gives its usual size; if not, the operator is named to the user."""
+
+
 @dataclass(slots=True)
 class Trace:
     """Events in order, as ``planner.allocator.Events`` has them: ``i`` allocates block ``i``, ``~i`` frees it."""
@@ -42,8 +53,8 @@ class Trace:
     """Of the blocks whose size follows from a formula."""
     marks: list[tuple[int, str]] = field(default_factory=list)
     """``(index into events, name)``: where a phase begins."""
-    unmodelled: dict[str, int] = field(default_factory=dict)
-    """Operators whose kernels take temporary memory that no rule describes -> the most bytes that one call read and wrote."""
+    doubts: list[Doubt] = field(default_factory=list)
+    """Where what a kernel allocates is not known exactly, in the order of the calls."""
     notes: list[str] = field(default_factory=list)
     """Assumptions that a reader of the figures must know."""
 

@@ -20,6 +20,8 @@ from planner.virtual.trace import Trace
 def prepare(architecture: Architecture) -> torch.device:
     """Install the virtual device in this process as a GPU of ``architecture``."""
     device = backend.install()
+    # torch.tensor(..., device=...) is to be made on the CPU and moved below the modes: there is no device to make it on.
+    torch._C._set_only_lift_cpu_tensors(True)
     autocast.install()
     attention.install(architecture)
     _show_values_to_transformers()

@@ -1,0 +1,192 @@
+"""Hold predictions against measurements: every case that was measured on a real GPU, at every measured batch size.
+
+    python benchmarks/accuracy.py [CASE...] [--json FILE]
+
+Prints each point, then the median and worst errors, how many largest batch sizes were exact, and how many measured figures lay inside
+their interval. Run from the repository's root; needs torch, transformers, timm and torchvision, and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "examples")]
+
+from planner.specs.document import load_spec
+from planner.specs.model import Checkpointing, Compile, Precision, Variant
+
+DATA = Path("measurements/h200")
+TOTAL_BYTES = 150_109_880_320
+TORCH_MEASURED = (2, 11)  # kernels are chosen as the torch of the measurements chose them
+
+
+def cases() -> list[dict[str, Any]]:
+    """``{case, spec path, variant, points: [(batch size, limit or None, measured)], bounds: [(limit, max, first oom)]}``."""
+    found = []
+    for path in sorted((DATA / "truth").glob("*.json")):
+        for name, measured in json.loads(path.read_text())["variants"].items():
+            precision, _, checkpointed = name.partition("+")
+            found.append(
+                _case(path.stem, Path("examples") / f"{path.stem}.yaml", precision, "full" if checkpointed else "none", measured)
+            )
+    document = json.loads(gzip.open(DATA / "peaks.json.gz", "rt").read())
+    for case in document["cases"]:
+        variant = case["variant"]
+        path = Path("measurements/specs") / f"{case['case']}.yaml"
+        found.append(_case(case["case"], path, variant["precision"], variant["checkpointing"], case))
+    return found
+
+
+def _case(name: str, path: Path, precision: str, checkpointing: str, measured: dict[str, Any]) -> dict[str, Any]:
+    points = [(int(size), None, peak) for size, peak in measured["peaks"].items() if "alloc" in peak]
+    bounds = []
+    for limit, bound in measured.get("max_batch", {}).items():
+        if bound and "max" in bound:
+            bounds.append((int(limit) << 30, bound["max"], bound["first_oom"]))
+            if "alloc" in bound:
+                points.append((bound["max"], int(limit) << 30, bound))
+    return {
+        "case": name, "path": str(path), "precision": precision, "checkpointing": checkpointing, "points": points, "bounds": bounds,
+    }  # fmt: skip
+
+
+def evaluate(case: dict[str, Any]) -> dict[str, Any]:
+    """Predict every point of one case, in this process."""
+    import torch
+
+    from planner.allocator import AllocatorConfig, replay
+    from planner.virtual.architecture import Architecture
+    from planner.virtual.prediction import predict_trial
+    from planner.virtual.scaling import TraceFamily
+    from planner.virtual.tracing import trace_steps
+
+    torch.set_num_threads(1)
+    spec = load_spec(Path(case["path"]))
+    variant = Variant(
+        precision=Precision(case["precision"]), checkpointing=Checkpointing(case["checkpointing"]), compile=Compile.OFF
+    )
+    architecture = Architecture(compute_capability=(9, 0), num_sms=132, torch_version=TORCH_MEASURED)
+    family = TraceFamily(lambda size: trace_steps(spec, variant, size, architecture))
+    start = time.perf_counter()
+    rows = []
+    for size, limit, measured in case["points"]:
+        events = family.scaled(size).events
+        result = replay(events, AllocatorConfig(), limit, device_total_bytes=TOTAL_BYTES)
+        trial = predict_trial(
+            family, size, config=AllocatorConfig(), capacity_bytes=limit or TOTAL_BYTES, device_total_bytes=TOTAL_BYTES
+        )
+        needed = trial["needed"]
+        rows.append(
+            {
+                "batch_size": size,
+                "limit_bytes": limit,
+                "allocated": result.peak_allocated_bytes / measured["alloc"] - 1,
+                "reserved": result.peak_reserved_bytes / measured["reserved"] - 1,
+                "width": (needed["high_bytes"] - needed["low_bytes"]) / needed["bytes"],
+                # What was measured without a limit needs between its allocated and its reserved bytes.
+                "inside": needed["low_bytes"] <= measured["reserved"] and needed["high_bytes"] >= measured["alloc"],
+            }
+        )
+    bounds = []
+    for limit, largest, first_oom in case["bounds"]:
+        found = _largest(family, limit, largest)
+        low = predict_trial(family, largest, config=AllocatorConfig(), capacity_bytes=limit, device_total_bytes=TOTAL_BYTES) if largest else None
+        high = predict_trial(family, first_oom, config=AllocatorConfig(), capacity_bytes=limit, device_total_bytes=TOTAL_BYTES)
+        bounds.append(
+            {
+                "limit_bytes": limit,
+                "measured": largest,
+                "predicted": found,
+                # A verdict is wrong where the interval excludes what was measured.
+                "wrong_fits": high["needed"]["high_bytes"] <= limit,
+                "wrong_oom": low is not None and low["needed"]["low_bytes"] > limit,
+            }
+        )
+    return {"case": case["case"], "variant": variant.label(), "rows": rows, "bounds": bounds, "seconds": time.perf_counter() - start}
+
+
+def _largest(family: Any, limit: int, start: int) -> int:
+    """The largest batch size that the replay says fits, looked for around ``start``."""
+    from planner.allocator import AllocatorConfig, replay
+
+    def fits(size: int) -> bool:
+        return replay(family.scaled(size).events, AllocatorConfig(), limit, device_total_bytes=TOTAL_BYTES).fits
+
+    size = max(1, start)
+    while size and not fits(size):
+        size -= 1
+    while size and fits(size + 1):
+        size += 1
+    return size
+
+
+def _worker(case: dict[str, Any], pipe: Any) -> None:
+    try:
+        pipe.send(evaluate(case))
+    except Exception as error:  # noqa: BLE001 - one case must not hide the others
+        pipe.send({"case": case["case"], "variant": case["precision"], "error": f"{type(error).__name__}: {error}"[:300]})
+    os._exit(0)  # torch's interpreter exit is not safe with a Python backend registered
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    results = []
+    for case in cases():
+        if options.cases and not any(part in case["case"] for part in options.cases):
+            continue
+        reading, writing = context.Pipe(duplex=False)
+        process = context.Process(target=_worker, args=(case, writing))
+        process.start()
+        writing.close()
+        try:
+            result = reading.recv()
+        except EOFError:
+            result = {"case": case["case"], "variant": case["precision"], "error": "the process died"}
+        process.join()
+        results.append(result)
+        print(f"{result['case']} {result['variant']}", result.get("error", f"({result.get('seconds', 0):.1f} s)"))
+        for row in result.get("rows", []):
+            limit = f"{row['limit_bytes'] >> 30:3} GiB" if row["limit_bytes"] else "no limit"
+            print(
+                f"  batch {row['batch_size']:4} {limit:8} allocated {row['allocated']:+9.3%} reserved {row['reserved']:+9.3%}"
+                f"  interval width {row['width']:6.1%} {'' if row['inside'] else 'OUTSIDE'}"
+            )
+        for bound in result.get("bounds", []):
+            wrong = " WRONG FITS" * bound["wrong_fits"] + " WRONG OOM" * bound["wrong_oom"]
+            print(f"  largest under {bound['limit_bytes'] >> 30} GiB: measured {bound['measured']}, predicted {bound['predicted']}{wrong}")
+        sys.stdout.flush()
+    _summary(results)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+def _summary(results: list[dict[str, Any]]) -> None:
+    rows = [row for result in results for row in result.get("rows", [])]
+    bounds = [bound for result in results for bound in result.get("bounds", [])]
+    if not rows:
+        return
+    print(f"\n{len(results)} variants, {len(rows)} points, {sum('error' in result for result in results)} failed")
+    for name in ("allocated", "reserved"):
+        errors = sorted(abs(row[name]) for row in rows)
+        print(f"peak {name}: median {errors[len(errors) // 2]:.4%}, 95% {errors[int(len(errors) * 0.95)]:.3%}, worst {errors[-1]:.3%}")
+    exact = sum(bound["measured"] == bound["predicted"] for bound in bounds)
+    near = sum(abs(bound["measured"] - bound["predicted"]) <= max(1, bound["measured"] // 100) for bound in bounds)
+    print(f"largest batch size: {exact} of {len(bounds)} exact, {near} within 1% or one sample")
+    print(f"interval: {sum(row['inside'] for row in rows)} of {len(rows)} inside; "
+          f"wrong 'fits' {sum(bound['wrong_fits'] for bound in bounds)}, wrong 'does not fit' {sum(bound['wrong_oom'] for bound in bounds)} of {len(bounds)}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
