@@ -1,7 +1,6 @@
 """A sweep over a device: what it answers, what it stores and when, and what stops it."""
 
 import pytest
-from planning_fakes import BF16, BF16_FULL, FP32, FP32_FULL, MemoryStore, ThresholdDevice, make_spec
 
 from planner.errors import (
     Conflict,
@@ -16,6 +15,7 @@ from planner.progress import SweepFinished, SweepStarted, TrialFinished, TrialSt
 from planner.specs.model import Checkpointing, Precision
 from planner.store import Store
 from planner.trials import Outcome, PlanStatus, Source
+from tests.planning_fakes import BF16, BF16_FULL, FP32, FP32_FULL, MemoryStore, ThresholdDevice, make_spec
 
 PREDICTED = Source.PREDICTED
 TWO = (Precision.FP32, Precision.BF16_AMP)

@@ -1,0 +1,212 @@
+"""The contract's JSON field by field, and sentences that claim only what is known."""
+
+import json
+import math
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner.errors import ModelError
+from planner.gpus import default_capacity_bytes, find_gpu, list_gpus
+from planner.reports import gpu_dict, plan_dict, summary, trial_dict, verdict_dict
+from planner.trials import Interval, Outcome, Peaks, Plan, PlanStatus, Source
+from planner.units import GIB
+from planner.verdicts import VariantVerdict, Verdict, VerdictKind
+from tests.planning_fakes import (
+    BF16,
+    BF16_FULL,
+    FP32,
+    FP32_FULL,
+    make_environment,
+    make_spec,
+    make_trial,
+)
+from tests.store_fakes import plan_fields, trials
+
+PEAKS = Peaks(allocated_bytes=14750318592, reserved_bytes=16703815680, device_bytes=17400000000)
+
+
+def make_plan(variant=BF16, size=9, *, source=Source.MEASURED, step_time_s=0.25, gib=14, **changes):
+    given = {
+        "max_batch_size": size,
+        "first_oom_batch_size": size + 1 if size is not None else None,
+        "certified": source is Source.MEASURED,
+        "peaks": Peaks(allocated_bytes=gib * GIB, reserved_bytes=15 * GIB) if size else None,
+        "step_time_s": step_time_s if source is Source.MEASURED and size != 0 else None,
+    }
+    spec = make_spec()
+    return Plan(
+        spec_hash=spec.hash, spec_name=spec.name, model="gpt2", variant=variant, environment=make_environment(source),
+        capacity_bytes=16 * GIB, source=source, **{**given, **changes},
+    )  # fmt: skip
+
+
+def test_a_search_in_the_contracts_words():
+    trials = (make_trial(9, peaks=PEAKS), make_trial(10, Outcome.OOM))
+    data = plan_dict(make_plan(size=9, peaks=PEAKS, trials=trials))
+    contract = {
+        "variant": {"precision": "bf16-amp", "checkpointing": "none", "compile": "off"},
+        "gpu": "h200", "capacity_bytes": 17179869184,
+        "source": "measured",
+        "max_batch_size": 9, "first_oom_batch_size": 10, "certified": True,
+        "peak_allocated_bytes": 14750318592, "peak_reserved_bytes": 16703815680,
+        "num_trials": 2,
+    }  # fmt: skip
+    assert {key: data[key] for key in contract} == contract
+    assert [(trial["batch_size"], trial["outcome"]) for trial in data["trials"]] == [(9, "fits"), (10, "oom")]
+    assert "batch_size" not in data
+    assert "fits" not in data
+    assert data["peak_device_bytes"] == 17400000000
+    assert data["samples_per_second"] == 36.0
+    assert data["environment"]["driver_version"] == "580.1"
+    assert (data["status"], data["stored"], data["error"], data["spec_name"]) == ("planned", False, None, "label")
+
+
+def test_one_batch_size_in_place_of_the_two():
+    data = plan_dict(make_plan(batch_size=9, fits=True, max_batch_size=None, first_oom_batch_size=None))
+    assert (data["batch_size"], data["fits"]) == (9, True)
+    assert "max_batch_size" not in data
+    assert "first_oom_batch_size" not in data
+
+
+def test_a_failed_plan_says_why():
+    error = ModelError("it raises", field="model").as_dict()
+    plan = make_plan(size=0, max_batch_size=None, status=PlanStatus.FAILED, error=error, certified=False)
+    data = plan_dict(plan)
+    assert (data["status"], data["error"], data["peak_reserved_bytes"]) == ("failed", error, None)
+
+
+def test_times_are_written_with_their_zone():
+    moment = datetime(2026, 5, 1, 12, tzinfo=UTC)
+    assert plan_dict(make_plan(created_at=moment))["created_at"] == "2026-05-01T12:00:00+00:00"
+    assert trial_dict(make_trial(started_at=moment))["started_at"] == "2026-05-01T12:00:00+00:00"
+
+
+@given(plan_fields, st.booleans())
+def test_any_plan_is_json_with_types_that_json_has(fields, stored):
+    plan = Plan(spec_hash="0" * 64, stored=stored, **fields)
+    data = plan_dict(plan)
+    assert json.loads(json.dumps(data)) == data
+    assert data["num_trials"] == len(data["trials"]) == len(plan.trials)
+
+
+@given(trials)
+def test_any_trial_is_json(trial):
+    data = trial_dict(trial)
+    assert json.loads(json.dumps(data)) == data
+    assert data["outcome"] == trial.outcome.value
+
+
+def test_gpus():
+    for gpu in list_gpus():
+        data = gpu_dict(gpu)
+        assert json.loads(json.dumps(data)) == data
+        assert data["default_capacity_bytes"] == default_capacity_bytes(find_gpu(data["name"]))
+
+
+def test_a_verdict_is_that_of_its_worst_variant():
+    def verdict(*kinds):
+        found = [
+            VariantVerdict(
+                variant=BF16, kind=kind, reason="because", source=Source.PREDICTED,
+                reserved_interval=Interval(low_bytes=1, high_bytes=2, basis="test"),
+            )
+            for kind in kinds
+        ]  # fmt: skip
+        return Verdict(
+            spec_hash="0", spec_name=None, model="gpt2", gpu="h200", batch_size=4, capacity_bytes=GIB,
+            variants=tuple(found),
+        )  # fmt: skip
+
+    fits, not_, unknown = VerdictKind
+    assert verdict(fits, fits).kind is fits
+    assert verdict(fits, unknown).kind is unknown
+    assert verdict(unknown, not_, fits).kind is not_
+    data = verdict_dict(verdict(fits, unknown))
+    assert json.loads(json.dumps(data)) == data
+    assert (data["verdict"], data["fits"], data["batch_size"]) == ("unknown", None, 4)
+    assert [variant["fits"] for variant in data["variants"]] == [True, None]
+    assert data["variants"][0]["reserved_interval"] == {"low_bytes": 1, "high_bytes": 2, "basis": "test"}
+
+
+def test_the_largest_and_the_fastest():
+    plans = [make_plan(FP32, 9, step_time_s=0.09), make_plan(BF16, 15, step_time_s=0.3)]
+    largest, fastest = summary(plans)
+    assert largest == "Largest batch size: 15 with bf16-amp (certified)."
+    assert fastest == "Fastest: 100.0 samples per second with fp32 at batch size 9 (measured)."
+
+
+def test_a_measured_largest_that_is_not_certified_is_not_called_so():
+    (largest, _) = summary([make_plan(certified=False)])
+    assert largest.endswith("(measured).")
+
+
+def test_speed_is_never_predicted():
+    plans = [make_plan(FP32, 9, source=Source.PREDICTED), make_plan(FP32_FULL, 21, source=Source.PREDICTED)]
+    largest, fastest, checkpointing = summary(plans)
+    assert largest == "Largest batch size: 21 with fp32 + checkpointing full (predicted)."
+    assert "not known" in fastest
+    assert "whether it pays cannot be said" in checkpointing
+    assert "%" in checkpointing
+    assert "certified" not in " ".join((largest, fastest, checkpointing))
+
+
+def test_checkpointing_at_an_equal_batch_size():
+    """14 GiB without it, 7 GiB with it, both at 9 samples; 0.1 s and 0.125 s per sample."""
+    plain = make_plan(
+        BF16,
+        9,
+        step_time_s=0.9,
+        trials=(make_trial(9, peaks=Peaks(allocated_bytes=14 * GIB, reserved_bytes=15 * GIB)),),
+    )
+    full = make_plan(
+        BF16_FULL,
+        20,
+        step_time_s=2.5,
+        trials=(make_trial(9, peaks=Peaks(allocated_bytes=7 * GIB, reserved_bytes=8 * GIB)),),
+    )
+    sentence = summary([plain, full])[-1]
+    assert "saves 50% of the allocated bytes at batch size 9 (7.00 GiB in place of 14.00 GiB)" in sentence
+    assert "allows batch size 20 in place of 9" in sentence
+    assert "adds 25% step time per sample (measured), and pays only where" in sentence
+
+
+def test_checkpointing_without_an_equal_batch_size_compares_bytes_per_sample():
+    plain, full = make_plan(BF16, 7, step_time_s=0.7, gib=14), make_plan(BF16_FULL, 14, step_time_s=1.12, gib=14)
+    sentence = summary([plain, full])[-1]
+    assert "saves 50% of the allocated bytes per sample, weights included, at batch sizes 14 and 7" in sentence
+    assert "takes 20% less step time per sample (measured), and pays" in sentence
+
+
+def test_checkpointing_that_makes_it_fit_at_all():
+    sentence = summary([make_plan(FP32, 0), make_plan(FP32_FULL, 3)])[-1]
+    assert sentence == "Checkpointing full with fp32 is what makes it fit: without it one sample does not fit."
+
+
+def test_checkpointing_is_compared_only_within_its_precision():
+    assert len(summary([make_plan(FP32, 9), make_plan(BF16_FULL, 20)])) == 2
+
+
+@pytest.mark.parametrize("one_size", [None, 8])
+def test_nothing_fits(one_size):
+    plan = make_plan(FP32, 0, batch_size=one_size, fits=None if one_size is None else False)
+    assert summary([plan]) == ["Nothing fits: no variant runs even at the smallest batch size that was asked about."]
+
+
+def test_nothing_is_said_of_plans_that_were_not_answered():
+    assert summary([]) == []
+    assert summary([make_plan(status=PlanStatus.FAILED, max_batch_size=None)]) == []
+
+
+def test_one_batch_size():
+    plans = [
+        make_plan(variant, None, batch_size=8, fits=fits, first_oom_batch_size=None)
+        for variant, fits in ((FP32, False), (BF16, True))
+    ]
+    plans[1] = replace(plans[1], peaks=PEAKS, certified=False)
+    first, fastest = summary(plans)
+    assert first == "Batch size 8 fits with bf16-amp (measured)."
+    assert math.isclose(float(fastest.split()[1]), 8 / 0.25)
