@@ -1,0 +1,88 @@
+"""A preloaded process without torch or GPU: real forks, fake trials that end in every way one can."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from planner.errors import DeviceLost, InvalidSpec, ModelError
+from planner.processes import describe_exit
+from planner.runtime.zygote import Zygote
+
+THRESHOLD = 9
+
+
+def build(document):
+    if document["model"]["model_type"] == "bert":
+        raise InvalidSpec("unknown key", field="model.config.n_layerz", suggestion="n_layer")
+    return {"pid": os.getpid(), "trials": 0, "at": time.monotonic()}
+
+
+def run_trial(built, *, variant, batch_size, capacity_bytes, gpu_uuid):
+    built["trials"] += 1  # in the fork's copy only
+    act = ACTS.get(batch_size)
+    if act is not None:
+        act()
+    return {
+        "outcome": "fits" if batch_size <= THRESHOLD else "oom",
+        "error": None if batch_size <= THRESHOLD else "CUDA out of memory",
+        "peaks": {"allocated_bytes": 1, "reserved_bytes": 2, "device_bytes": 3},
+        "num_alloc_retries": 4,
+        "step_times_s": [0.3, 0.2, 0.1],
+        "details": {
+            "trials": built["trials"], "zygote": built["pid"], "parent": os.getppid(), "pid": os.getpid(),
+            "visible": os.environ["CUDA_VISIBLE_DEVICES"], "capacity": capacity_bytes, "uuid": gpu_uuid,
+            "variant": variant,
+        },
+    }  # fmt: skip
+
+
+def chatter():
+    for _ in range(100 * 1024):
+        sys.stdout.write("x" * 1023 + "\n")
+
+
+def leave_a_child_behind():
+    """It inherits the result's pipe and outlives the fork."""
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], close_fds=False)
+    os._exit(7)
+
+
+def raising(error):
+    def act():
+        raise error
+
+    return act
+
+
+def crash_in_a_thread():
+    thread = threading.Thread(target=ctypes.string_at, args=(0,))
+    thread.start()
+    thread.join()
+
+
+def kill_the_zygote():
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+ACTS = {
+    101: lambda: time.sleep(600),
+    102: lambda: ctypes.string_at(0),
+    103: lambda: os.kill(os.getpid(), signal.SIGKILL),
+    104: lambda: os._exit(3),
+    105: chatter,
+    106: raising(ModelError("the training step raised ValueError: no", field="model")),
+    107: raising(DeviceLost("the GPU is gone")),
+    108: raising(RuntimeError(f"a defect: {describe_exit(0)}")),
+    109: leave_a_child_behind,
+    110: crash_in_a_thread,
+    111: kill_the_zygote,
+    112: lambda: sys.exit(4),
+}
+
+if __name__ == "__main__":
+    Zygote(build, run_trial).serve()

@@ -1,0 +1,260 @@
+"""The real GPU's processes without a GPU: real forks in every state, and the card as NVML tells of it."""
+
+import gc
+import os
+import time
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+
+from planner.errors import DeviceBusy, DeviceLost, DeviceUnavailable, InvalidSpec, ModelError
+from planner.local_gpus import local_gpus
+from planner.planning import plan_sweep
+from planner.runtime.card import Card, wait_until_idle
+from planner.runtime.device import LocalDevice
+from planner.runtime.fork import run_forked
+from planner.specs.model import ModelSource, ModelSpec
+from planner.trials import Outcome, PlanStatus, Source
+from planner.units import GIB, MIB
+from tests import environment_fakes
+from tests.planning_fakes import BF16, FP32, make_spec
+from tests.test_processes import gone
+
+UUID = "GPU-1"
+
+
+class NotFound(environment_fakes.FakeNvmlError):
+    pass
+
+
+@dataclass
+class FakeNvml(environment_fakes.FakeNvml):
+    """With the calls that tell who uses a card. ``busy`` is taken from its front at every look, the last one stays."""
+
+    busy: list[tuple[list[int], int]] = field(default_factory=lambda: [([], 0)])
+    error: Exception | None = None
+    NVMLError_GpuIsLost: ClassVar[type[Exception]] = type("GpuIsLost", (environment_fakes.FakeNvmlError,), {})
+    NVMLError_NotFound: ClassVar[type[Exception]] = NotFound
+    NVMLError_ResetRequired: ClassVar[type[Exception]] = type("Reset", (environment_fakes.FakeNvmlError,), {})
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
+        for card in self.cards:
+            if card.uuid == uuid:
+                return card
+        raise NotFound("Not Found")
+
+    def nvmlDeviceGetComputeRunningProcesses(self, card):  # noqa: N802
+        if self.error:
+            raise self.error
+        pids, card.used_mib = self.busy.pop(0) if len(self.busy) > 1 else self.busy[0]
+        return [SimpleNamespace(pid=pid) for pid in pids]
+
+
+def fake_nvml(**changes):
+    return FakeNvml(cards=[environment_fakes.Card(UUID)], **changes)
+
+
+@pytest.fixture
+def make_device():
+    made = []
+
+    def make(**changes):
+        (local,) = local_gpus({}, fake_nvml())
+        given = {"child_module": "tests.runtime_child", "wait_idle": lambda uuid, needed: None, "trial_timeout_s": 20}
+        made.append(LocalDevice(local, 16 * GIB, **{**given, **changes}))
+        return made[-1]
+
+    yield make
+    for device in made:
+        device.close()
+
+
+def test_every_trial_is_a_fresh_fork_of_one_preloaded_process(make_device):
+    device = make_device()
+    with device.open(make_spec(), BF16) as runner:
+        trials = [runner.run(size) for size in (3, 4)]
+    with device.open(make_spec(), FP32) as runner:
+        trials.append(runner.run(5))
+    details = [trial.details for trial in trials]
+    assert [found["trials"] for found in details] == [1, 1, 1]
+    assert len({found["pid"] for found in details}) == 3
+    assert {found["parent"] for found in details} == {found["zygote"] for found in details}
+    assert len({found["zygote"] for found in details}) == 1
+    assert (details[0]["visible"], details[0]["uuid"], details[0]["capacity"]) == (UUID, UUID, 16 * GIB)
+    assert [found["variant"]["precision"] for found in details] == ["bf16-amp", "bf16-amp", "fp32"]
+    assert all(gone(found["pid"]) for found in details)
+    trial = trials[0]
+    assert (trial.outcome, trial.source, trial.fresh_process) == (Outcome.FITS, Source.MEASURED, True)
+    assert (trial.peaks.device_bytes, trial.num_alloc_retries, trial.step_time_s) == (3, 4, 0.1)
+    assert trial.started_at.tzinfo is not None
+
+
+def test_out_of_memory_is_an_outcome(make_device):
+    with make_device().open(make_spec(), FP32) as runner:
+        trial = runner.run(10)
+    assert (trial.outcome, trial.error) == (Outcome.OOM, "CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (102, "was killed by SIGSEGV"),
+        (103, "was killed by SIGKILL"),
+        (104, "ended with exit status 3"),
+        (108, "RuntimeError: a defect"),
+        (109, "ended with exit status 7"),
+        (110, "was killed by SIGSEGV"),
+        (112, "SystemExit: 4"),
+    ],
+)
+def test_a_trial_that_dies_is_one_failed_trial_and_the_next_one_runs(make_device, act, words):
+    with make_device().open(make_spec(), FP32) as runner:
+        failed, after = runner.run(act), runner.run(3)
+    assert failed.outcome is Outcome.FAILED
+    assert words in failed.error
+    assert failed.peaks is None
+    assert after.fits
+
+
+def test_a_segfault_leaves_its_traceback_as_evidence(make_device):
+    with make_device().open(make_spec(), FP32) as runner:
+        assert "string_at" in runner.run(102).details["output"]
+
+
+def test_a_trial_that_hangs_is_killed_and_the_preloaded_process_lives(make_device):
+    device = make_device(trial_timeout_s=0.5)
+    with device.open(make_spec(), FP32) as runner:
+        before = runner.run(3)
+        start = time.monotonic()
+        hung = runner.run(101)
+        assert time.monotonic() - start < 5
+        after = runner.run(3)
+    assert hung.outcome is Outcome.FAILED
+    assert "did not finish in time and was killed" in hung.error
+    assert after.details["zygote"] == before.details["zygote"]
+
+
+def test_a_trial_that_prints_gigabytes_is_not_disturbed(make_device):
+    with make_device().open(make_spec(), FP32) as runner:
+        assert runner.run(105).outcome is Outcome.OOM
+
+
+def test_a_preloaded_process_that_dies_is_started_again(make_device):
+    with make_device().open(make_spec(), FP32) as runner:
+        first = runner.run(3)
+        died = runner.run(111)
+        after = runner.run(3)
+    assert died.outcome is Outcome.FAILED
+    assert "was killed by SIGKILL" in died.error
+    assert after.details["zygote"] != first.details["zygote"]
+
+
+@pytest.mark.parametrize(("act", "kind"), [(106, ModelError), (107, DeviceLost)])
+def test_errors_cross_two_processes_with_their_traceback(make_device, act, kind):
+    with make_device().open(make_spec(), FP32) as runner, pytest.raises(kind) as caught:
+        runner.run(act)
+    assert "Traceback" in caught.value.__notes__[0]
+
+
+def test_what_building_the_model_raises_is_raised(make_device):
+    spec = make_spec(model=ModelSpec(source=ModelSource.TRANSFORMERS, name="bert", task="masked-lm"))
+    with make_device().open(spec, FP32) as runner, pytest.raises(InvalidSpec) as caught:
+        runner.run(1)
+    assert caught.value.field == "model.config.n_layerz"
+
+
+def test_the_preloaded_process_goes_with_its_device(make_device):
+    (local,) = local_gpus({}, fake_nvml())
+    device = LocalDevice(local, GIB, child_module="tests.runtime_child", wait_idle=lambda uuid, needed: None)
+    with device.open(make_spec(), FP32) as runner:
+        pid = runner.run(1).details["zygote"]
+    del device, runner
+    gc.collect()
+    assert gone(pid)
+
+
+def test_a_busy_card_is_not_measured(make_device):
+    def wait_idle(uuid, needed_bytes):
+        assert uuid == UUID
+        assert needed_bytes > 16 * GIB
+        raise DeviceBusy("busy")
+
+    with make_device(wait_idle=wait_idle).open(make_spec(), FP32) as runner, pytest.raises(DeviceBusy):
+        runner.run(1)
+
+
+def test_a_whole_sweep_is_certified(make_device):
+    (plan,) = plan_sweep(make_spec(), make_device())
+    assert (plan.status, plan.max_batch_size, plan.certified) == (PlanStatus.PLANNED, 9, True)
+    assert plan.environment.gpu_uuid == UUID
+
+
+def test_a_torch_without_cuda_says_so(make_device):
+    device = make_device(child_module="planner.runtime.child")
+    import torch
+
+    if torch.version.cuda is not None:
+        assert device.environment(make_spec()).cuda_version == torch.version.cuda
+        return
+    with device.open(make_spec(), FP32) as runner, pytest.raises(DeviceUnavailable, match="built without CUDA"):
+        runner.run(1)
+
+
+def test_a_fork_changes_nothing_here():
+    state = {"n": 0}
+
+    def work():
+        state["n"] += 1
+        os.environ["FORKED"] = "1"
+        return {"n": state["n"], "big": "x" * 300_000}
+
+    forked = run_forked(work, 10)
+    assert (forked.reply["n"], len(forked.reply["big"]), forked.returncode) == (1, 300_000, 0)
+    assert state == {"n": 0}
+    assert "FORKED" not in os.environ
+
+
+def test_an_idle_card_is_accepted_at_once_and_nvml_is_closed():
+    nvml = fake_nvml()
+    wait_until_idle(UUID, 100 * GIB, wait_s=0, nvml=nvml)
+    assert nvml.open_count == 0
+
+
+def test_a_card_that_becomes_free_is_waited_for():
+    nvml = fake_nvml(busy=[([4242], 900), ([4242], 900), ([], 3)])
+    wait_until_idle(UUID, GIB, wait_s=5, nvml=nvml)
+
+
+def test_another_process_on_the_card_is_named():
+    nvml = fake_nvml(busy=[([4243, 4242], 900)])
+    with pytest.raises(DeviceBusy, match=r"\(4242, 4243\) and hold 900.0 MiB"):
+        wait_until_idle(UUID, GIB, wait_s=0, nvml=nvml)
+    assert nvml.open_count == 0
+
+
+@pytest.mark.parametrize(("used_mib", "busy"), [(200, False), (1000, False), (60_000, True)])
+def test_memory_that_no_compute_process_holds_matters_only_when_too_little_is_left(used_mib, busy):
+    nvml = fake_nvml(busy=[([], used_mib)])
+    if busy:
+        with pytest.raises(DeviceBusy, match="are needed"):
+            wait_until_idle(UUID, 100 * GIB, wait_s=0, nvml=nvml)
+    else:
+        wait_until_idle(UUID, 100 * GIB, wait_s=0, nvml=nvml)
+
+
+def test_a_card_that_is_gone_is_lost():
+    with pytest.raises(DeviceLost):
+        wait_until_idle("GPU-2", GIB, wait_s=0, nvml=fake_nvml())
+    with pytest.raises(DeviceLost):
+        wait_until_idle(UUID, GIB, wait_s=0, nvml=fake_nvml(error=FakeNvml.NVMLError_GpuIsLost("GPU is lost")))
+
+
+def test_a_driver_that_does_not_list_processes_is_no_reason_to_stop():
+    nvml = fake_nvml(error=environment_fakes.FakeNvmlError("Not Supported"))
+    wait_until_idle(UUID, GIB, wait_s=0, nvml=nvml)
+    with Card.open(UUID, nvml) as card:
+        assert card.compute_processes() == []
+        nvml.cards[0].used_mib = 7
+        assert card.used_bytes() == 7 * MIB
