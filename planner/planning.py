@@ -25,7 +25,7 @@ from planner.progress import (
     VariantStarted,
 )
 from planner.search import Ask, Search, SearchResult
-from planner.specs.model import Spec, Variant
+from planner.specs.model import Checkpointing, Spec, Variant
 from planner.trials import Environment, Outcome, Plan, PlanStatus, Source, Trial
 
 
@@ -142,6 +142,7 @@ def plan_sweep(
             return tuple(plans)
         listener(VariantStarted(variant=variant, index=index))
         work = _VariantWork(spec, variant, device, environment, store, batch_size, fresh, listener, should_stop, worker)
+        work.compare_at = _size_without_checkpointing(variant, plans)
         try:
             plan = work.stored_plan() or work.plan(predict_start)
         except _Stopped:
@@ -171,6 +172,8 @@ class _VariantWork:
     read_back: dict[int, StoredTrial] = field(default_factory=dict)
     """Stored trials that can stand in for running them again, by batch size."""
     num_read_back: int = 0
+    compare_at: int | None = None
+    """A batch size of another variant that predictions are made at too, so that the two can be compared."""
 
     @property
     def is_measured(self) -> bool:
@@ -240,6 +243,7 @@ class _VariantWork:
         result = search.result()
         if result.failure is not None:
             return self._failed(result.failure, result.notes)
+        self._compare(runner, result)
         notes = [*_notes_of(result.trials), *result.notes]
         if predicted is not None:
             notes.append(f"the virtual GPU had predicted a largest batch size of {predicted.max_batch_size}")
@@ -250,6 +254,14 @@ class _VariantWork:
             first_oom_batch_size=result.first_oom_batch_size,
             certified=self._is_certified(result),
         )
+
+    def _compare(self, runner: TrialRunner, result: SearchResult) -> None:
+        """A prediction more costs milliseconds; on a real GPU the search's own trials must do."""
+        size, largest = self.compare_at, result.max_batch_size or 0
+        if self.is_measured or not size or size > largest or size in {trial.batch_size for trial in result.trials}:
+            return
+        high = result.first_oom_batch_size
+        self._run(runner, Ask(batch_size=size, fresh=False, low=largest, high=high, remaining_trials=1))
 
     def _plan_one(self, runner: TrialRunner, batch_size: int) -> Plan:
         ask = Ask(batch_size=batch_size, fresh=self.is_measured, low=0, high=None, remaining_trials=1)
@@ -341,6 +353,12 @@ class _VariantWork:
         # The only bad input that is one variant's own: this model or GPU cannot run it.
         status = PlanStatus.UNSUPPORTED if isinstance(error, InvalidSpec) else PlanStatus.FAILED
         return replace(self._base(), status=status, error=error.as_dict())
+
+
+def _size_without_checkpointing(variant: Variant, plans: Sequence[Plan]) -> int | None:
+    """The largest batch size of the same variant without checkpointing, where that is planned already."""
+    plain = replace(variant, checkpointing=Checkpointing.NONE)
+    return next((plan.max_batch_size for plan in plans if plan.variant == plain != variant), None)
 
 
 def _nobody(event: Progress) -> None:

@@ -209,8 +209,11 @@ def _not_even(plan: Plan) -> str:
 
 
 def _saving(plan: Plan, plain: Plan) -> str:
-    """Bytes at an equal batch size where both ran one, else allocated bytes per sample at each one's own size."""
-    sizes = _fitting(plan).keys() & _fitting(plain).keys()
+    """Bytes at an equal batch size where both ran one, else allocated bytes per sample at each one's own size.
+
+    An equal size far below what fits would mostly compare the weights.
+    """
+    sizes = {size for size in _fitting(plan).keys() & _fitting(plain).keys() if 2 * size >= _size(plain)}
     if sizes:
         size = max(sizes)
         with_it, without = _fitting(plan)[size].allocated_bytes, _fitting(plain)[size].allocated_bytes

@@ -12,6 +12,7 @@ from planner.errors import (
 )
 from planner.planning import plan_sweep
 from planner.progress import SweepFinished, SweepStarted, TrialFinished, TrialStarted, VariantFinished, VariantStarted
+from planner.reports import summary
 from planner.specs.model import Checkpointing, Precision
 from planner.store import Store
 from planner.trials import Outcome, PlanStatus, Source
@@ -45,6 +46,18 @@ def test_a_predicted_sweep_is_never_certified_and_shows_its_notes_and_interval()
     assert plan.reserved_interval.basis == "test"
     assert plan.step_time_s is None
     assert plan.samples_per_second is None
+
+
+def test_checkpointing_is_predicted_at_the_largest_size_without_it_too():
+    spec = make_spec(checkpointing=(Checkpointing.NONE, Checkpointing.FULL))
+    device = ThresholdDevice({FP32: 9, FP32_FULL: 1000}, source=PREDICTED)
+    plain, full = plan_sweep(spec, device)
+    assert device.sizes(FP32_FULL)[-1] == plain.max_batch_size == 9
+    assert (full.max_batch_size, full.trials[-1].batch_size) == (1000, 9)
+    assert "of the allocated bytes at batch size 9" in summary([plain, full])[-1]
+    measured = ThresholdDevice({FP32: 9, FP32_FULL: 1000})
+    plan_sweep(spec, measured)
+    assert measured.sizes(FP32_FULL)[-1] == 1001
 
 
 def test_nothing_fits():

@@ -181,6 +181,12 @@ def test_checkpointing_without_an_equal_batch_size_compares_bytes_per_sample():
     assert "takes 20% less step time per sample (measured), and pays" in sentence
 
 
+def test_checkpointing_is_not_judged_by_a_small_batch_size_that_both_happened_to_run():
+    trials = (make_trial(2),)
+    plain, full = make_plan(BF16, 9, trials=trials), make_plan(BF16_FULL, 20, trials=trials)
+    assert "per sample, weights included, at batch sizes 20 and 9" in summary([plain, full])[-1]
+
+
 def test_checkpointing_that_makes_it_fit_at_all():
     sentence = summary([make_plan(FP32, 0), make_plan(FP32_FULL, 3)])[-1]
     assert sentence == "Checkpointing full with fp32 is what makes it fit: without it one sample does not fit."
