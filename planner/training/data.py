@@ -7,56 +7,88 @@ from typing import Any
 import torch
 
 from planner.errors import InvalidSpec
-from planner.specs.model import DataKind, DataSpec, ModelSource, Spec
+from planner.specs.model import DataKind, ModelSource, Spec
 
-# Tasks whose labels have the shape of the tokens; others classify the whole sequence.
-_TOKEN_LABELS = ("causal-lm", "masked-lm", "seq2seq-lm", "token-classification")
+_LANGUAGE_MODELS = ("causal-lm", "masked-lm", "seq2seq-lm")
 
 Batch = dict[str, torch.Tensor]
 
 
 def make_batch(spec: Spec, model: torch.nn.Module, batch_size: int, device: torch.device) -> Batch:
-    """One batch of ``batch_size`` samples: name -> tensor ``[batch_size, ...]`` on ``device``."""
+    """One batch of ``batch_size`` samples: name -> tensor ``[batch_size, ...]`` on ``device``.
+
+    Raises ``InvalidSpec`` where the data does not fit the model: tokens for a model without a vocabulary.
+    """
     makers = {DataKind.TOKENS: _tokens, DataKind.IMAGES: _images, DataKind.TENSORS: _tensors}
     return makers[spec.data.kind](spec, model, batch_size, device)
 
 
-def _config(model: torch.nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    get_text_config = getattr(config, "get_text_config", None)
-    return get_text_config() if get_text_config is not None else config
+def num_classes(model: torch.nn.Module) -> int | None:
+    """The labels that the model tells apart, where it says so."""
+    # transformers, then timm and many models of users; torchvision's say it only in their last layer.
+    for owner, name in ((getattr(model, "config", None), "num_labels"), (model, "num_classes")):
+        value = getattr(owner, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def positional(spec: Spec) -> bool:
+    """Whether the model takes its images as the one positional argument and returns logits (timm, torchvision)."""
+    return spec.data.kind is DataKind.IMAGES and spec.model.source in (ModelSource.TIMM, ModelSource.TORCHVISION)
 
 
 def _tokens(spec: Spec, model: torch.nn.Module, batch_size: int, device: torch.device) -> Batch:
-    vocabulary = getattr(_config(model), "vocab_size", None)
+    vocabulary = getattr(_text_config(model), "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise InvalidSpec("the model has no vocabulary; describe its inputs with kind: tensors", field="data.kind")
     length = spec.data.sequence_length
     assert length is not None, "checked when the spec was read"
     tokens = torch.randint(0, vocabulary, (batch_size, length), device=device)
-    if spec.model.task in _TOKEN_LABELS and spec.model.task != "token-classification":
+    if spec.model.task in _LANGUAGE_MODELS:
         # The same tensor, as a plain training loop passes it: a model shifts or copies what it needs by itself.
         return {"input_ids": tokens, "labels": tokens}
-    classes = int(getattr(model.config, "num_labels", 2))  # type: ignore[union-attr,arg-type]
-    shape = (batch_size, length) if spec.model.task in _TOKEN_LABELS else (batch_size,)
-    return {"input_ids": tokens, "labels": torch.randint(0, classes, shape, device=device)}
+    if spec.model.task == "next-sentence-prediction":
+        return {"input_ids": tokens, "labels": torch.randint(0, 2, (batch_size,), device=device)}
+    shape = (batch_size, length) if spec.model.task == "token-classification" else (batch_size,)
+    return {"input_ids": tokens, "labels": _labels(model, num_classes(model) or 2, shape, device)}
+
+
+def _text_config(model: torch.nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    return get_text_config() if get_text_config is not None else config
 
 
 def _images(spec: Spec, model: torch.nn.Module, batch_size: int, device: torch.device) -> Batch:
-    data = spec.data
-    assert data.size is not None, "checked when the spec was read"
-    channels = getattr(getattr(model, "config", None), "num_channels", 3)
-    classes = data.classes or _classes(model, data)
-    pixels = torch.randn((batch_size, channels, data.size, data.size), device=device)
-    return {"pixel_values": pixels, "labels": torch.randint(0, classes, (batch_size,), device=device)}
+    size = spec.data.size
+    assert size is not None, "checked when the spec was read"
+    pixels = torch.randn((batch_size, _channels(spec, model), size, size), device=device)
+    classes = spec.data.classes or num_classes(model) or 1000
+    return {"pixel_values": pixels, "labels": _labels(model, classes, (batch_size,), device)}
 
 
-def _classes(model: torch.nn.Module, data: DataSpec) -> int:
-    for owner, name in ((getattr(model, "config", None), "num_labels"), (model, "num_classes")):
-        value = getattr(owner, name, None)
+def _channels(spec: Spec, model: torch.nn.Module) -> int:
+    """3, unless the config (transformers) or the arguments (timm) say otherwise."""
+    for value in (spec.model.config.get("in_chans"), getattr(getattr(model, "config", None), "num_channels", None)):
         if isinstance(value, int) and value > 0:
             return value
-    return 1000 if data.classes is None else data.classes
+    return 3
+
+
+def _labels(model: torch.nn.Module, classes: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Class labels ``shape``, or the floats that a transformers model asks for by its config's ``problem_type``.
+
+    Left out, one label means regression, as in ``ForSequenceClassificationLoss`` of transformers.
+    """
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification":
+        return torch.zeros((*shape, num_classes(model) or classes), device=device)
+    if problem == "regression" or (problem is None and getattr(config, "num_labels", None) == 1):
+        outputs = num_classes(model) or 1
+        return torch.zeros(shape if outputs == 1 else (*shape, outputs), device=device)
+    return torch.randint(0, classes, shape, device=device)
 
 
 def _tensors(spec: Spec, model: torch.nn.Module, batch_size: int, device: torch.device) -> Batch:
@@ -69,10 +101,6 @@ def _tensors(spec: Spec, model: torch.nn.Module, batch_size: int, device: torch.
         elif dtype is torch.bool:
             batch[name] = torch.ones(shape, device=device, dtype=dtype)
         else:
-            batch[name] = torch.randint(item.low, 2 if item.high is None else item.high, shape, device=device, dtype=dtype)
+            high = 2 if item.high is None else item.high
+            batch[name] = torch.randint(item.low, high, shape, device=device, dtype=dtype)
     return batch
-
-
-def positional(spec: Spec) -> bool:
-    """Whether the model takes its images as the one positional argument and returns logits (timm, torchvision)."""
-    return spec.data.kind is DataKind.IMAGES and spec.model.source in (ModelSource.TIMM, ModelSource.TORCHVISION)

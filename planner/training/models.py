@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +17,7 @@ import torch
 from planner.errors import InvalidSpec, ModelError, PlannerError, nearest
 from planner.specs.model import ModelSource, ModelSpec, Spec
 from planner.specs.tasks import AUTO_CLASSES
+from planner.training.data import num_classes
 from planner.training.targets import import_target
 
 
@@ -29,10 +34,25 @@ def build_model(spec: Spec) -> torch.nn.Module:
         ModelSource.TORCHVISION: _torchvision,
         ModelSource.PYTHON: _python,
     }
-    model = builders[spec.model.source](spec.model)
+    model = builders[spec.model.source](_with_classes(spec))
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"{spec.model.name} returned {type(model).__name__}, not a torch.nn.Module", field="model")
+    classes, known = spec.data.classes, num_classes(model)
+    if classes is not None and known is not None and classes > known:
+        raise InvalidSpec(f"must be at most the model's {known} classes, not {classes}", field="data.classes")
     return model.train()
+
+
+def _with_classes(spec: Spec) -> ModelSpec:
+    """The model with as many classes as the data has, where the spec does not give it a number itself.
+
+    Else a transformers model would have two: labels out of its range are an error that a GPU reports as a fault.
+    """
+    model, classes = spec.model, spec.data.classes
+    name = "num_labels" if model.source is ModelSource.TRANSFORMERS else "num_classes"
+    if classes is None or model.source is ModelSource.PYTHON or {name, "id2label"} & set(model.config):
+        return model
+    return replace(model, config={**model.config, name: classes})
 
 
 def _require(library: str) -> Any:
@@ -47,34 +67,60 @@ def _require(library: str) -> Any:
 def _mend_torchvision() -> None:
     """Let torchvision be imported beside a torch that its compiled operators were not built for.
 
-    The published torchvision wheel links CUDA; beside a CPU build of torch it cannot load its operators, and importing it
-    (or anything that looks at it) raises while it registers shapes for ``nms``, which no classifier calls. Declaring
-    the two names is enough.
+    The published torchvision wheel links CUDA; beside a CPU build of torch it cannot load its operators, and importing
+    it (or anything that looks at it) raises while it registers shapes for ``nms``, which no classifier calls.
+    Declaring the two names is enough.
     """
     if importlib.util.find_spec("torchvision") is None:
         return
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         _KEPT.append(library)
         for name in ("nms", "qnms"):
             if not hasattr(torch.ops.torchvision, name):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
         importlib.import_module("torchvision")
 
 
 _KEPT: list[torch.library.Library] = []  # a torch.library.Library undoes its definitions when it is collected
 
 
-def _built(name: str, build: Any) -> torch.nn.Module:
+def _built(name: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     try:
-        model: torch.nn.Module = build()
+        return build()
     except PlannerError:
         raise
     except Exception as error:
-        raise ModelError(f"{name} could not be built: {type(error).__name__}: {_first_line(error)}", field="model") from error
-    return model
+        message = f"{name} could not be built: {type(error).__name__}: {_first_line(error)}"
+        raise ModelError(message, field="model") from error
+
+
+_UNEXPECTED = re.compile(r"got an unexpected keyword argument '(\w+)'")
+
+
+def _called(name: str, builder: Callable[..., torch.nn.Module], arguments: dict[str, Any]) -> torch.nn.Module:
+    """``builder(**arguments)``, of timm or torchvision: builders that pass on what they are given to a class."""
+
+    def build() -> torch.nn.Module:
+        try:
+            return builder(**arguments)
+        except TypeError as error:
+            refused = _UNEXPECTED.search(str(error))
+            if refused is None or refused[1] not in arguments:
+                raise
+            known = _parameters(builder) | _parameters(typing.get_type_hints(builder).get("return"))
+            key = refused[1]
+            raise InvalidSpec("unknown argument", field=f"model.args.{key}", suggestion=nearest(key, known)) from error
+
+    return _built(name, build)
+
+
+def _parameters(target: Any) -> set[str]:
+    """Names of the keyword arguments of a function or class."""
+    parameters = inspect.signature(target).parameters.values() if callable(target) else ()
+    return {item.name for item in parameters if item.kind in (item.KEYWORD_ONLY, item.POSITIONAL_OR_KEYWORD)}
 
 
 def _first_line(error: BaseException) -> str:
@@ -115,7 +161,12 @@ def transformers_config(model: ModelSpec) -> Any:
             suggestion=nearest(model.name, list(known.keys())),
         )
     config_class = known[model.name]
-    defaults = config_class()
+    try:
+        defaults = config_class()
+    except Exception as error:
+        raise ModelError(
+            f"{model.name!r} has no default config: {_first_line(error)}", field="model.model_type"
+        ) from error
     _check_config(defaults, model.config, "model.config")
     try:
         return config_class(**model.arguments())
@@ -134,7 +185,7 @@ def _check_config(defaults: Any, overrides: Mapping[str, Any], field: str) -> No
 
 
 def _config_keys(config: Any) -> set[str]:
-    """Every key that this config or its base classes declare, and those of generation, which seq2seq models read too."""
+    """Every key that this config or a base class declares, and those of generation, which seq2seq models read too."""
     transformers = _require("transformers")
     declared = {name for kind in type(config).__mro__ for name in getattr(kind, "__annotations__", {})}
     named = set(getattr(config, "attribute_map", {})) | set(inspect.signature(type(config).__init__).parameters)
@@ -145,26 +196,28 @@ def _config_keys(config: Any) -> set[str]:
 
 def _timm(model: ModelSpec) -> torch.nn.Module:
     timm = _require("timm")
-    _refuse_weights(model.config, ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"))
+    _refuse_weights(model, ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"))
     if not timm.is_model(model.name):
         raise InvalidSpec(
             f"timm {timm.__version__} has no model {model.name!r}",
             field="model.name",
             suggestion=nearest(model.name, timm.list_models()),
         )
-    return _built(model.name, lambda: timm.create_model(model.name, pretrained=False, **model.arguments()))
+    architecture, _, _ = model.name.partition(".")  # what follows the dot names pretrained weights
+    return _called(model.name, timm.model_entrypoint(architecture), {"pretrained": False, **model.arguments()})
 
 
-def _refuse_weights(arguments: Mapping[str, Any], names: Sequence[str]) -> None:
-    """A spec describes a model; it never makes the planner read weights, from a hub or from a file (an unpickled one runs code)."""
+def _refuse_weights(model: ModelSpec, names: Sequence[str]) -> None:
+    """A spec describes a model; it never makes the planner read weights: from a file they could run code."""
     for name in names:
-        if arguments.get(name):
-            raise InvalidSpec("weights are never loaded: memory does not depend on their values", field=f"model.args.{name}")
+        if model.config.get(name):
+            message = "weights are never loaded: memory does not depend on their values"
+            raise InvalidSpec(message, field=f"model.args.{name}")
 
 
 def _torchvision(model: ModelSpec) -> torch.nn.Module:
     torchvision = _require("torchvision")
-    _refuse_weights(model.config, ("weights", "weights_backbone"))
+    _refuse_weights(model, ("weights", "weights_backbone"))
     names = torchvision.models.list_models()
     if model.name not in names:
         raise InvalidSpec(
@@ -172,10 +225,10 @@ def _torchvision(model: ModelSpec) -> torch.nn.Module:
             field="model.name",
             suggestion=nearest(model.name, names),
         )
-    arguments = {"weights": None, **model.arguments()}
-    if "detection" in model.name or "segmentation" in model.name:
-        arguments.setdefault("weights_backbone", None)
-    return _built(model.name, lambda: torchvision.models.get_model(model.name, **arguments))
+    builder = torchvision.models.get_model_builder(model.name)
+    # Both are downloaded unless refused: a detection model takes a trained backbone by default.
+    no_weights = dict.fromkeys({"weights", "weights_backbone"} & _parameters(builder))
+    return _called(model.name, builder, {**model.arguments(), **no_weights})
 
 
 def _python(model: ModelSpec) -> torch.nn.Module:

@@ -15,9 +15,10 @@ def import_target(target: str, *, field: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
-        why = f"there is no module {missing!r}" if module_name.startswith(missing) else f"it imports {missing!r}, which is not installed"
+        named = f"{module_name}.".startswith(f"{missing}.")
+        why = f"there is no module {missing!r}" if named else f"it imports {missing!r}, which is not installed"
         raise ModelError(f"{target!r} cannot be imported: {why}", field=field) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the border to user code: a script without a main guard may even exit
         raise ModelError(f"importing {module_name!r} raised {type(error).__name__}: {error}", field=field) from error
     found: Any = module
     for part in attribute.split("."):
