@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from planner.allocator.caching import CachingAllocator, OutOfMemory
@@ -24,6 +24,9 @@ class Events:
     """Bytes asked for, by block; a block of 0 bytes is never seen by the allocator."""
     streams: Sequence[int] | None = None
     """Stream of each block; ``None``: all on the default stream, 0."""
+    optional: Collection[int] = ()
+    """Blocks that the program goes on without when they are refused: cuDNN's workspaces, where PyTorch tries the next plan after an
+    out-of-memory error (``try_plans`` in aten/src/ATen/native/cudnn/Conv_v8.cpp)."""
 
     def __len__(self) -> int:
         return len(self.order)
@@ -98,7 +101,11 @@ def replay(
             if event >= 0:
                 size = sizes[event]
                 if size:
-                    where[event] = malloc(size) if streams is None else malloc(size, streams[event])
+                    try:
+                        where[event] = malloc(size) if streams is None else malloc(size, streams[event])
+                    except OutOfMemory:
+                        if event not in events.optional:
+                            raise
                     if allocator.allocated_bytes > peak:
                         peak, peak_index = allocator.allocated_bytes, index
             elif where[~event]:

@@ -20,7 +20,7 @@ _thnn_fused_gru_cell lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _scaled_dot_
 scaled_dot_product_attention""".split()
 
 FLOAT32 = """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus layer_norm native_layer_norm
-group_norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss
+rms_norm group_norm norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss
 kl_div l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss
 multi_margin_loss binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d _upsample_nearest_exact1d
 upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
@@ -30,7 +30,7 @@ _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d _upsample_bicubi
 FLOAT32_RESULT = "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum".split()
 
 PROMOTE = (
-    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add cat stack".split()
+    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add".split()
 )
 
 _LOW = (torch.float16, torch.bfloat16)
@@ -96,15 +96,14 @@ def install() -> None:
         **dict.fromkeys(FLOAT32_RESULT, _float32_result),
         **dict.fromkeys(PROMOTE, _promote),
     }
+    # Only the overloads that CUDA's autocast knows in this version of torch; a CPU build registers them too.
+    on_cuda = set(torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCUDA"))
     for name, make in makers.items():
         packet = getattr(torch.ops.aten, name, None)
-        if packet is None:  # not in this version of torch
-            continue
-        for overload in packet.overloads():
+        for overload in packet.overloads() if packet is not None else ():
             operator = getattr(packet, overload)
-            if overload.endswith("out") or operator._schema.is_mutable or "Scalar_mode" in overload:
-                continue
-            library.impl(operator, make(operator, cache))
+            if operator.name().removesuffix(".default") in on_cuda:
+                library.impl(operator, make(operator, cache))
 
 
 def _without_autocast() -> Any:

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 Step = tuple[str, int | Formula]
 """``("output", i)``: the i-th new storage that the operator returns; ``("temporary", bytes)``: freed when the operator ends, last first;
-``("kept", bytes)``: for the life of the process; ``("free", 0)``: the newest temporary is freed now; ``("doubt", bytes)``: nothing is
+``("workspace", bytes)``: a temporary that the kernel can do without, should it be refused; ``("kept", bytes)``: for the life of the process; ``("free", 0)``: the newest temporary is freed now; ``("doubt", bytes)``: nothing is
 allocated, but the call may take up to so much more or less."""
 
 
@@ -246,7 +246,10 @@ def _workspace_of(
     direction: Direction, inputs: torch.Tensor, weight: torch.Tensor, options: Sequence[Any], architecture: Architecture
 ) -> Iterator[Step]:
     """cuDNN's workspace, allocated and freed, and how far it may be off (``planner.virtual.convolutions``)."""
-    stride, padding, dilation, transposed, _, groups = options
+    *sides, transposed, _, groups = options
+    spatial = inputs.dim() - 2
+    # One number stands for every dimension.
+    stride, padding, dilation = (tuple(side) * spatial if len(side) == 1 else tuple(side) for side in sides)
     if str(inputs.dtype)[6:] not in ELEMENT_BYTES:
         return
     if transposed:  # the convolution that it transposes runs from what is this one's result
@@ -261,7 +264,7 @@ def _workspace_of(
         size, c, k = tuple(inputs.shape[2:]), inputs.shape[1], weight.shape[0]
     layer: dict[str, Any] = {
         "direction": direction, "dtype": str(inputs.dtype)[6:], "c": c, "k": k, "groups": groups, "kernel": tuple(weight.shape[2:]),
-        "stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "input_size": size,
+        "stride": stride, "padding": padding, "dilation": dilation, "input_size": size,
         "channels_last": inputs.dim() == 4 and _is_channels_last(inputs) | _is_channels_last(weight),
         "compute_capability": architecture.compute_capability,
     }  # fmt: skip
@@ -270,7 +273,7 @@ def _workspace_of(
         return workspace_bytes(n=n, **layer)
 
     numbers = (inputs.shape[0],)
-    yield "temporary", Formula(lambda n: workspace(n).bytes, numbers)
+    yield "workspace", Formula(lambda n: workspace(n).bytes, numbers)
     yield "free", 0
     yield "doubt", Formula(lambda n: max(workspace(n).high - workspace(n).bytes, workspace(n).bytes - workspace(n).low), numbers)
 

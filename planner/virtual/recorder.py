@@ -22,9 +22,18 @@ from planner.virtual.trace import Doubt, Formula, Trace
 aten = torch.ops.aten
 # What a gradient that only the engine's buffer holds counts here, seen from inside a dispatch mode.
 _ENGINE_TENSOR_REFERENCES, _ENGINE_STORAGE_REFERENCES = 4, 2
+_GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)
 _ENGINE_FRAMES = 3  # this method, __torch_dispatch__ and torch's two wrappers around it: nothing else when the engine calls
 _ZERO = {torch.bool: False, torch.int64: 0, torch.int32: 0, torch.uint8: 0}
 _READS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
+
+
+def _grouped_mm(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """``_grouped_mm`` takes float32 and float16 on CUDA, one product for each group; its shape function knows bf16 alone."""
+    dtype = args[0].dtype
+    low = [item.to(torch.bfloat16) if isinstance(item, torch.Tensor) and item.is_floating_point() else item for item in args]
+    out: torch.Tensor = func(*low, **{**kwargs, "out_dtype": None} if "out_dtype" in kwargs else kwargs)
+    return out if dtype is torch.bfloat16 else out.to(dtype)
 
 
 @functools.cache
@@ -70,7 +79,7 @@ class Recorder(TorchDispatchMode):
         if real is values.UNKNOWN:
             values.forget_mutated(func, args, kwargs)
         try:
-            outputs = func(*args, **kwargs)
+            outputs = _grouped_mm(func, args, kwargs) if func is _GROUPED_MM else func(*args, **kwargs)
         except torch._subclasses.fake_tensor.DynamicOutputShapeException as error:
             if real is values.UNKNOWN:
                 raise ModelError(
@@ -110,8 +119,10 @@ class Recorder(TorchDispatchMode):
                 trace.doubts.append(Doubt(name.removeprefix("aten::"), value, modelled=True))
             else:
                 block = trace.allocate(value, name)
-                if kind == "temporary":
+                if kind != "kept":
                     temporaries.append(block)
+                if kind == "workspace":
+                    trace.optional.add(block)
         if not is_modelled(func._overloadpacket):
             involved = tree_leaves((args, kwargs, outputs))
             touched_bytes = sum(item.numel() * item.element_size() for item in involved if isinstance(item, FakeTensor))

@@ -45,7 +45,7 @@ class TraceFamily:
         if trace is None:
             trace = self._traces[batch_size] = self._trace(batch_size)
         doubts = _largest((doubt.operator, doubt.error.size(), doubt.modelled) for doubt in trace.doubts)
-        return Scaled(Events(trace.events, trace.sizes), trace, True, doubts)
+        return Scaled(Events(trace.events, trace.sizes, optional=trace.optional), trace, True, doubts)
 
     def scaled(self, batch_size: int) -> Scaled:
         """The events at ``batch_size``, scaled from the two nearest traces that agree, traced where there are none."""
@@ -68,7 +68,7 @@ class TraceFamily:
             (doubt.operator, doubt.error.between(other.error, low, high, batch_size), doubt.modelled)
             for doubt, other in zip(first.doubts, second.doubts, strict=True)
         )
-        return Scaled(Events(second.events, sizes), second, False, doubts)
+        return Scaled(Events(second.events, sizes, optional=second.optional), second, False, doubts)
 
     def _nearest_pair(self, batch_size: int) -> tuple[int, int] | None:
         """Two traced sizes with the same events: around ``batch_size`` if possible, else the nearest below or above it."""

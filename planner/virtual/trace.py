@@ -51,6 +51,8 @@ class Trace:
     """The operator that allocated each block."""
     formulas: dict[int, Formula] = field(default_factory=dict)
     """Of the blocks whose size follows from a formula."""
+    optional: set[int] = field(default_factory=set)
+    """Blocks that the program can do without where they are refused."""
     marks: list[tuple[int, str]] = field(default_factory=list)
     """``(index into events, name)``: where a phase begins."""
     doubts: list[Doubt] = field(default_factory=list)
