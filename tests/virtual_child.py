@@ -1,0 +1,132 @@
+"""The tests' side of the virtual GPU: a process in which torch may be changed, answering what a test asks it to run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from planner.allocator import AllocatorConfig, Events, replay
+from planner.processes import Child, serve
+from planner.specs.document import parse_spec
+from planner.specs.model import Checkpointing, Compile, Precision, Variant
+from planner.virtual.architecture import Architecture
+from planner.virtual.kernels import Kernels
+from planner.virtual.recorder import Recorder
+from planner.virtual.scaling import Scaled, TraceFamily
+from planner.virtual.trace import Trace
+from planner.virtual.tracing import prepare, trace_steps
+
+TIMEOUT_S = 120.0
+H200 = Architecture(compute_capability=(9, 0), num_sms=132, torch_version=(2, 11))
+"""What the measurements were taken with."""
+H200_BYTES = 150_109_880_320
+
+
+class Process:
+    """The parent's side; a context manager."""
+
+    def __init__(self) -> None:
+        self._child = Child.start("tests.virtual_child")
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.kill()
+
+    def do(self, what: str, **arguments: Any) -> Any:
+        """What the handler of that name below answers; raises what it raised, if it is the planner's error."""
+        return self._child.request({"do": what, **arguments}, TIMEOUT_S)["value"]
+
+    def run(self, code: str) -> Any:
+        """Run ``code`` on the virtual device; the value of its variable ``result``."""
+        return self.do("run", code=code)
+
+
+def _variant(names: Mapping[str, str]) -> Variant:
+    return Variant(
+        precision=Precision(names.get("precision", "fp32")),
+        checkpointing=Checkpointing(names.get("checkpointing", "none")),
+        compile=Compile(names.get("compile", "off")),
+    )
+
+
+_families: dict[str, TraceFamily] = {}
+
+
+def _family(spec: Mapping[str, Any], variant: Mapping[str, str]) -> TraceFamily:
+    key = repr((spec, variant))
+    if key not in _families:
+        parsed, chosen = parse_spec(spec), _variant(variant)
+        _families[key] = TraceFamily(lambda size: trace_steps(parsed, chosen, size, H200))
+    return _families[key]
+
+
+def traced(*, spec: Any, variant: Any, batch_size: int, num_steps: int = 2) -> dict[str, Any]:
+    """The trace of some steps: requested sizes, order, operators, marks, and what is not modelled."""
+    trace = trace_steps(parse_spec(spec), _variant(variant), batch_size, H200, num_steps=num_steps)
+    return {
+        "value": {
+            "sizes": list(trace.sizes),
+            "events": list(trace.events),
+            "operators": list(trace.operators),
+            "marks": [name for _, name in trace.marks],
+            "unmodelled": sorted({doubt.operator for doubt in trace.doubts if not doubt.modelled}),
+        }
+    }
+
+
+def peaks(*, spec: Any, variant: Any, batch_sizes: list[int]) -> dict[str, Any]:
+    """``[allocated, reserved]`` bytes at each batch size, with no limit; traced as a prediction traces."""
+    family = _family(spec, variant)
+    found = []
+    for size in batch_sizes:
+        result = _replayed(family.scaled(size), None)
+        found.append([result.peak_allocated_bytes, result.peak_reserved_bytes])
+    return {"value": {"peaks": found, "traced": list(family.traced_sizes)}}
+
+
+def fits(*, spec: Any, variant: Any, batch_sizes: list[int], capacity_bytes: int) -> dict[str, Any]:
+    family = _family(spec, variant)
+    return {"value": [_replayed(family.scaled(size), capacity_bytes).fits for size in batch_sizes]}
+
+
+def scaled_and_traced(*, spec: Any, variant: Any, batch_sizes: list[int]) -> dict[str, Any]:
+    """For each batch size: whether it was scaled, and how many block sizes differ from those of a trace of its own."""
+    family = _family(spec, variant)
+    found = []
+    for size in batch_sizes:
+        scaled = family.scaled(size)
+        own = trace_steps(parse_spec(spec), _variant(variant), size, H200)
+        same = list(scaled.events.order) == own.events and len(own.sizes) == len(scaled.events.sizes)
+        differing = sum(a != b for a, b in zip(scaled.events.sizes, own.sizes, strict=same))
+        found.append({"exact": scaled.exact, "same_order": same, "differing": differing})
+    return {"value": found}
+
+
+def _replayed(scaled: Scaled, capacity_bytes: int | None) -> Any:
+    return replay(scaled.events, AllocatorConfig(), capacity_bytes, device_total_bytes=H200_BYTES)
+
+
+def run(*, code: str) -> dict[str, Any]:
+    """Run ``code`` with ``torch``, ``device`` and ``trace`` in scope; the value of its variable ``result``."""
+    device = prepare(H200)
+    recorder = Recorder(Kernels(H200))
+    scope: dict[str, Any] = {"torch": torch, "device": device, "trace": recorder.trace, "peak": _peak}
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder:
+        exec(code, scope)
+    return {"value": scope["result"]}
+
+
+def _peak(trace: Trace) -> int:
+    return replay(Events(trace.events, trace.sizes)).peak_allocated_bytes
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.setrecursionlimit(10_000)
+    serve({"traced": traced, "peaks": peaks, "fits": fits, "scaled_and_traced": scaled_and_traced, "run": run})
