@@ -234,8 +234,8 @@ def _saving(plan: Plan, plain: Plan) -> str:
 
 
 def _saved(with_it: float, without: float) -> str:
-    share = 100 * (1 - with_it / without) if without else 0.0
-    return f"saves {share:.0f}%" if share >= 0 else f"takes {-share:.0f}% more"
+    share = round(100 * (1 - with_it / without)) if without else 0
+    return f"saves {share}%" if share >= 0 else f"takes {-share}% more"
 
 
 def _fitting(plan: Plan) -> dict[int, Peaks]:
@@ -247,7 +247,9 @@ def _cost(plan: Plan, plain: Plan) -> str:
         return "at a cost in step time that is not predicted, so whether it pays cannot be said"
     if not plan.samples_per_second or not plain.samples_per_second:
         return "at a cost in step time that was not measured"
-    added = 100 * (plain.samples_per_second / plan.samples_per_second - 1)
-    if added <= 0:
-        return f"takes {-added:.0f}% less step time per sample (measured), and pays"
-    return f"adds {added:.0f}% step time per sample (measured), and pays only where the larger batch itself is needed"
+    added = round(100 * (plain.samples_per_second / plan.samples_per_second - 1))
+    if added == 0:
+        return "takes the same step time per sample (measured), and pays"
+    if added < 0:
+        return f"takes {-added}% less step time per sample (measured), and pays"
+    return f"adds {added}% step time per sample (measured), and pays only where the larger batch itself is needed"

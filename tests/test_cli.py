@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +298,25 @@ def test_doctor_reports_and_says_what_to_do(
     assert run(["doctor", "--json", "--store", "sqlite:////nowhere/plans.db"]) == 2
     findings = {finding["name"]: finding for finding in document(capsys)["findings"]}
     assert findings["store"]["state"] == "broken"
+
+
+def test_doctor_in_a_checkout_that_was_never_installed(store_flag: str, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    libraries = tmp_path / "libraries"
+    libraries.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if "planner" not in entry.name:
+            (libraries / entry.name).symlink_to(entry)
+    folders = (root, root / "api", root / "workers", root / "migrations", libraries)
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "planner", "doctor", "--json", store_flag],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    findings = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert findings["planner"]["value"] == "0+checkout"
+    assert "make setup" in findings["extras"]["advice"]
 
 
 def test_plans_are_listed_and_shown(spec: str, store_flag: str, capsys: pytest.CaptureFixture[str]) -> None:

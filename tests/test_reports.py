@@ -181,6 +181,21 @@ def test_checkpointing_without_an_equal_batch_size_compares_bytes_per_sample():
     assert "takes 20% less step time per sample (measured), and pays" in sentence
 
 
+@pytest.mark.parametrize(
+    ("step_time_s", "words"),
+    [
+        (1.0, "takes the same step time per sample (measured), and pays"),
+        (1.003, "takes the same step time per sample (measured), and pays"),
+        (0.997, "takes the same step time per sample (measured), and pays"),
+        (0.99, "takes 1% less step time per sample (measured), and pays"),
+        (1.01, "adds 1% step time per sample (measured), and pays only where"),
+    ],
+)
+def test_a_cost_of_checkpointing_that_rounds_to_nothing_is_none(step_time_s, words):
+    plans = [make_plan(BF16, 10, step_time_s=1.0), make_plan(BF16_FULL, 10, step_time_s=step_time_s)]
+    assert words in summary(plans)[-1]
+
+
 def test_checkpointing_is_not_judged_by_a_small_batch_size_that_both_happened_to_run():
     trials = (make_trial(2),)
     plain, full = make_plan(BF16, 9, trials=trials), make_plan(BF16_FULL, 20, trials=trials)

@@ -125,8 +125,14 @@ def _store(parts: Parts, url: str | None) -> Iterator[Finding]:
 
 def _extras() -> Iterator[Finding]:
     """Which extras of the package are installed: all that each one requires is there."""
+    try:
+        requirements = requires("planner") or ()
+    except PackageNotFoundError:  # a checkout on the import path that was never installed
+        advice = "pip install '.[torch,transformers,vision,server]', or make setup in the checkout"
+        yield Finding(name="extras", value="not known: planner is not installed", state="absent", advice=advice)
+        return
     missing: dict[str, list[str]] = {}
-    for line in requires("planner") or ():
+    for line in requirements:
         requirement, _, marker = line.partition(";")
         extra = marker.partition("extra ==")[2].strip(" '\"")
         if not extra:
