@@ -1,0 +1,39 @@
+"""Small models of users, each odd in its own way."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+
+class Classifier(torch.nn.Module):
+    """A linear classifier of 8 features that returns its loss."""
+
+    def __init__(self, classes: int = 4, branch: bool = False, unique: bool = False) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, classes)
+        self.branch, self.unique = branch, unique
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.linear(features)
+        if self.branch and logits.sum() > 0:  # depends on the weights
+            logits = logits * 2
+        if self.unique:
+            logits = logits + logits.detach().unique().numel()
+        if labels.max().item() < 0:  # follows from random integers alone
+            raise ValueError("negative labels")
+        return functional.cross_entropy(logits, labels)
+
+
+class Tied(torch.nn.Module):
+    """A language model of one weight, which embeds and projects."""
+
+    def __init__(self, tokens: int = 100, width: int = 16) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(tokens, width)
+        self.project = torch.nn.Linear(width, tokens, bias=False)
+        self.project.weight = self.embed.weight
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.project(self.embed(input_ids))
+        return {"loss": functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
