@@ -25,8 +25,8 @@ class Events:
     streams: Sequence[int] | None = None
     """Stream of each block; ``None``: all on the default stream, 0."""
     optional: Collection[int] = ()
-    """Blocks that the program goes on without when they are refused: cuDNN's workspaces, where PyTorch tries the next plan after an
-    out-of-memory error (``try_plans`` in aten/src/ATen/native/cudnn/Conv_v8.cpp)."""
+    """Blocks that the program goes on without when they are refused: cuDNN's workspaces, where PyTorch tries the next
+    plan after an out-of-memory error (``try_plans`` in aten/src/ATen/native/cudnn/Conv_v8.cpp)."""
 
     def __len__(self) -> int:
         return len(self.order)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Resident threads of one SM by compute capability: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+# Resident threads of one SM by compute capability: CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability".
 _THREADS_PER_SM = {(7, 5): 1024, (8, 6): 1536, (8, 7): 1536, (8, 9): 1536, (12, 0): 1536, (12, 1): 1536}
 MIB = 1 << 20
 
@@ -25,20 +26,23 @@ class Architecture:
     def cublas_workspace_bytes(self) -> int:
         """Kept for each cuBLAS handle: ``getChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp.
 
-        32 MiB on Hopper (measured: twice that, for the forward and the backward thread, closed a constant gap in every case), else
-        4096 KiB x 2 + 16 KiB x 8 = 8.125 MiB.
+        32 MiB on Hopper (measured: twice that, for the forward and the backward thread, closed a constant gap in every
+        case), else 4096 KiB x 2 + 16 KiB x 8 = 8.125 MiB.
         """
         return 32 * MIB if self.compute_capability[0] in (9, 10) else 8 * MIB + 128 * 1024
 
     @property
     def cublaslt_workspace_bytes(self) -> int:
-        """Kept for each thread that multiplies with a fused bias (``addmm``): 1 MiB in the recorded traces of torch 2.11."""
+        """Kept for each thread that multiplies with a fused bias (``addmm``): 1 MiB in the recorded traces of torch
+        2.11."""
         return MIB
 
     @property
     def prefers_cudnn_attention(self) -> bool:
-        """``check_prefer_cudnn_attention`` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: Hopper and data-centre Blackwell.
+        """``check_prefer_cudnn_attention`` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: Hopper and
+        data-centre Blackwell.
 
-        Needs a cuDNN newer than 9.15, which the CUDA 13 wheels bring since torch 2.10; seen in traces of torch 2.11 on an H200.
+        Needs a cuDNN newer than 9.15, which the CUDA 13 wheels bring since torch 2.10; seen in traces of torch 2.11 on
+        an H200.
         """
         return self.compute_capability[0] in (9, 10) and self.torch_version >= (2, 10)

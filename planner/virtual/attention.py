@@ -1,7 +1,8 @@
 """``scaled_dot_product_attention`` as CUDA chooses its kernel, and the kernels' outputs.
 
-The choice follows ``select_sdp_backend`` and its checks in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, the padding and the calls
-follow ``scaled_dot_product_attention`` in aten/src/ATen/native/transformers/attention.cpp. Order: cuDNN where the architecture prefers it, flash, memory efficient, math.
+The choice follows ``select_sdp_backend`` and its checks in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, the
+padding and the calls follow ``scaled_dot_product_attention`` in aten/src/ATen/native/transformers/attention.cpp. Order:
+cuDNN where the architecture prefers it, flash, memory efficient, math.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import torch
 from planner.virtual.architecture import Architecture
 from planner.virtual.backend import DISPATCH_KEY
 
-_libraries: list[torch.library.Library] = []
+Library: Any = torch.library.Library  # torch does not annotate it
+_libraries: list[Any] = []
 
 
 def install(architecture: Architecture) -> None:
     """Register the operator for the ``vgpu`` backend as a GPU of ``architecture`` runs it."""
-    library = torch.library.Library("aten", "IMPL", "Autograd" + DISPATCH_KEY)
+    library: Any = Library("aten", "IMPL", "Autograd" + DISPATCH_KEY)
     _libraries.append(library)
 
     def attend(
@@ -31,7 +33,7 @@ def install(architecture: Architecture) -> None:
         *,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> torch.Tensor:
+    ) -> Any:
         return _attend(architecture, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
     library.impl("scaled_dot_product_attention", attend)

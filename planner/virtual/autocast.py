@@ -1,7 +1,8 @@
 """Autocast as CUDA does it: which operators run in lower precision, which in float32, and the cache of cast weights.
 
-The lists are those of ``AT_FORALL_LOWER_PRECISION_FP``, ``AT_FORALL_FP32``, ``AT_FORALL_FP32_SET_OPT_DTYPE`` and ``AT_FORALL_PROMOTE`` in
-aten/src/ATen/autocast_mode.h; the rules of the cache are ``cached_cast`` in aten/src/ATen/autocast_mode.cpp.
+The lists are those of ``AT_FORALL_LOWER_PRECISION_FP``, ``AT_FORALL_FP32``, ``AT_FORALL_FP32_SET_OPT_DTYPE`` and
+``AT_FORALL_PROMOTE`` in aten/src/ATen/autocast_mode.h; the rules of the cache are ``cached_cast`` in
+aten/src/ATen/autocast_mode.cpp.
 """
 
 from __future__ import annotations
@@ -14,34 +15,36 @@ from planner.virtual.backend import DISPATCH_KEY, NAME
 
 _KEY = "Autocast" + DISPATCH_KEY
 
-LOWER_PRECISION = """_convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution prelu
-addmm addmv addr matmul einsum mm mv linalg_vecdot linear addbmm baddbmm bmm chain_matmul linalg_multi_dot _thnn_fused_lstm_cell
-_thnn_fused_gru_cell lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _scaled_dot_product_flash_attention
-scaled_dot_product_attention""".split()
+LOWER_PRECISION = """_convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d
+convolution prelu addmm addmv addr matmul einsum mm mv linalg_vecdot linear addbmm baddbmm bmm chain_matmul
+linalg_multi_dot _thnn_fused_lstm_cell _thnn_fused_gru_cell lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
+_scaled_dot_product_flash_attention scaled_dot_product_attention""".split()
 
-FLOAT32 = """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus layer_norm native_layer_norm
-rms_norm group_norm norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss
-kl_div l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss
-multi_margin_loss binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d _upsample_nearest_exact1d
-upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
-_upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa""".split()
+FLOAT32 = """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus layer_norm
+native_layer_norm rms_norm group_norm norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss
+cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss
+margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss
+binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d _upsample_nearest_exact1d
+upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d upsample_linear1d
+upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa""".split()
 
 # Run in their input's precision and return float32, by being given ``dtype=float32`` where the caller gave none.
 FLOAT32_RESULT = "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum".split()
 
-PROMOTE = (
-    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add".split()
-)
+PROMOTE = "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add".split()
 
 _LOW = (torch.float16, torch.bfloat16)
-_libraries: list[torch.library.Library] = []  # a Library undoes its registrations when it is collected
+Library: Any = torch.library.Library  # torch does not annotate it
+_libraries: list[Any] = []  # a Library undoes its registrations when it is collected
 
 
 class WeightCache:
     """Casts of leaf parameters, kept until the outermost autocast context ends."""
 
     def __init__(self) -> None:
-        self._casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id; holds the source so that ids stay unique
+        self._casts: dict[
+            int, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # by id; holds the source so that ids stay unique
 
     def clear(self) -> None:
         self._casts.clear()
@@ -86,9 +89,9 @@ def install() -> None:
         clear()
 
     torch.clear_autocast_cache = clear_both
-    fallthrough = torch.library.Library("_", "IMPL", _KEY)
+    fallthrough: Any = Library("_", "IMPL", _KEY)
     fallthrough.fallback(torch.library.fallthrough_kernel)
-    library = torch.library.Library("aten", "IMPL", _KEY)
+    library: Any = Library("aten", "IMPL", _KEY)
     _libraries.extend((fallthrough, library))
     makers = {
         **dict.fromkeys(LOWER_PRECISION, _lower_precision),
@@ -122,7 +125,7 @@ def _cast_all(cache: WeightCache, arguments: Any, dtype: torch.dtype) -> Any:
 def _lower_precision(operator: Any, cache: WeightCache) -> Any:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with _without_autocast():
-            dtype = torch.get_autocast_dtype(NAME)
+            dtype: torch.dtype = torch.get_autocast_dtype(NAME)
             named = {key: _cast_all(cache, value, dtype) for key, value in reversed(kwargs.items())}
             return operator(*_cast_all(cache, args, dtype), **named)
 
@@ -159,7 +162,7 @@ def _promote(operator: Any, cache: WeightCache) -> Any:
             if isinstance(value, (list, tuple)):
                 dtype = widest(value, dtype)
             elif _eligible(value) and value.dtype is torch.float32:
-                return torch.float32
+                dtype = torch.float32
         return dtype
 
     def kernel(*args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,9 @@
 """A device that acts as a CUDA GPU for shapes, dtypes and autograd, and holds no bytes.
 
-PyTorch lets one out-of-tree backend be written in Python (the dispatch key ``PrivateUse1``). ``install`` registers it under
-the name ``vgpu``; tensors on it are fake (``torch._subclasses.FakeTensorMode``), so no kernel ever runs. It works in CPU and CUDA
-builds of torch and needs no compiler. It changes torch for the whole process and is therefore only installed in a child process
-that traces (``planner.virtual.child``).
+PyTorch lets one out-of-tree backend be written in Python (the dispatch key ``PrivateUse1``). ``install`` registers it
+under the name ``vgpu``; tensors on it are fake (``torch._subclasses.FakeTensorMode``), so no kernel ever runs. It works
+in CPU and CUDA builds of torch and needs no compiler. It changes torch for the whole process and is therefore only
+installed in a child process that traces (``planner.virtual.child``).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _DeviceModule:
 def install() -> torch.device:
     """Register the backend in this process (once) and return its only device."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_DeviceModule())
-    torch.nn.Module._apply = _apply  # type: ignore[assignment]
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
     # A parameter of fake tensors is a FakeTensor to ``type``; on CUDA the same parameter gets the foreach kernels.
     importlib.import_module("torch.optim.optimizer")._foreach_supported_types.append(FakeTensor)
     return torch.device(NAME, 0)
@@ -72,13 +72,13 @@ def install() -> torch.device:
 def _apply(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:
     """``torch.nn.Module._apply`` (torch/nn/modules/module.py) for parameters that cannot be moved in place.
 
-    torch moves a module from the CPU to CUDA by ``param.data = moved``, in this order: children, own parameters, own buffers.
-    Between other kinds of tensor it makes new parameters instead and unties those that were shared. Here each moved
-    parameter keeps its identity to every module that shares it: what was tied stays tied.
+    torch moves a module from the CPU to CUDA by ``param.data = moved``, in this order: children, own parameters, own
+    buffers. Between other kinds of tensor it makes new parameters instead and unties those that were shared. Here each
+    moved parameter keeps its identity to every module that shares it: what was tied stays tied.
     """
     if recurse:
         for child in self.children():
-            child._apply(fn)
+            child._apply(fn)  # type: ignore[no-untyped-call]
     for name, parameter in self._parameters.items():
         if parameter is None:
             continue

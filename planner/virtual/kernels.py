@@ -1,7 +1,7 @@
 """What CUDA kernels allocate beside the tensors that they return, and in which order.
 
-Each rule says where it comes from: PyTorch's source, or a trace recorded on a real GPU (``tests/golden/traces``). The order matters
-little to the peak of allocated bytes, and much to which cached block the allocator reuses.
+Each rule says where it comes from: PyTorch's source, or a trace recorded on a real GPU (``tests/golden/traces``). The
+order matters little to the peak of allocated bytes, and much to which cached block the allocator reuses.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from planner.virtual.trace import Formula
 aten = torch.ops.aten
 
 Step = tuple[str, int | Formula]
-"""``("output", i)``: the i-th new storage that the operator returns; ``("temporary", bytes)``: freed when the operator ends, last first;
-``("workspace", bytes)``: a temporary that the kernel can do without, should it be refused; ``("kept", bytes)``: for the life of the process; ``("free", 0)``: the newest temporary is freed now; ``("doubt", bytes)``: nothing is
-allocated, but the call may take up to so much more or less."""
+"""``("output", i)``: the i-th new storage that the operator returns; ``("temporary", bytes)``: freed when the operator
+ends, last first; ``("workspace", bytes)``: a temporary that the kernel can do without, should it be refused; ``("kept",
+bytes)``: for the life of the process; ``("free", 0)``: the newest temporary is freed now; ``("doubt", bytes)``: nothing
+is allocated, but the call may take up to so much more or less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +89,15 @@ def is_modelled(packet: Any) -> bool:
     return packet not in _UNMODELLED
 
 
-# Operators whose CUDA kernels take temporary memory that no rule here describes: cub's sorts and scans, cuFFT, cuSOLVER, and loops.
+# Operators whose CUDA kernels take temporary memory that no rule here describes: cub's sorts and scans, cuFFT,
+# cuSOLVER, and loops.
 _UNMODELLED = {
     packet
-    for name in """sort topk kthvalue median mode unique_dim _unique2 unique_consecutive nonzero masked_select index_put index_put_
-    _index_put_impl_ multinomial bincount histc _fft_r2c _fft_c2r _fft_c2c linalg_qr linalg_inv_ex linalg_cholesky_ex _linalg_svd
-    _linalg_eigh _linalg_solve_ex _linalg_det linalg_lu_factor_ex _ctc_loss _cdist_forward _cdist_backward grid_sampler_3d_backward
-    _grouped_mm _scaled_grouped_mm segment_reduce""".split()
+    for name in """sort topk kthvalue median mode unique_dim _unique2 unique_consecutive nonzero masked_select
+    index_put index_put_ _index_put_impl_ multinomial bincount histc _fft_r2c _fft_c2r _fft_c2c linalg_qr
+    linalg_inv_ex linalg_cholesky_ex _linalg_svd _linalg_eigh _linalg_solve_ex _linalg_det linalg_lu_factor_ex
+    _ctc_loss _cdist_forward _cdist_backward grid_sampler_3d_backward _grouped_mm
+    _scaled_grouped_mm segment_reduce""".split()
     if (packet := getattr(aten, name, None)) is not None
 }
 
@@ -139,7 +142,8 @@ def _staging(tensor: torch.Tensor, dims: tuple[int, ...], architecture: Architec
 
 @_rule("embedding")
 def _embedding(call: Call, _: Architecture) -> Iterator[Step]:
-    """``index_select`` on indices flattened by a copy where they are not contiguous (aten/src/ATen/native/Embedding.cpp)."""
+    """``index_select`` on indices flattened by a copy where they are not contiguous
+    (aten/src/ATen/native/Embedding.cpp)."""
     indices = call.args[1]
     if not indices.is_contiguous():
         yield "temporary", _bytes(indices)
@@ -148,20 +152,21 @@ def _embedding(call: Call, _: Architecture) -> Iterator[Step]:
 
 @_rule("embedding_dense_backward")
 def _embedding_backward(call: Call, _: Architecture) -> Iterator[Step]:
-    """More than 3072 indices are sorted and summed by segments: aten/src/ATen/native/cuda/Embedding.cu, EmbeddingBackwardKernel.cu.
+    """More than 3072 indices are sorted and summed by segments: aten/src/ATen/native/cuda/Embedding.cu,
+    EmbeddingBackwardKernel.cu.
 
     Temporaries as in the recorded trace of gpt2; 10 is ``NROWS_PER_THREAD``; partial sums are float32.
     """
     grad, indices, num_weights = call.args[0], call.args[1], call.args[2]
     if not indices.is_contiguous():
         yield "temporary", _bytes(indices)
-    count, width = indices.numel(), grad.shape[-1]
+    count, width, rows = indices.numel(), grad.shape[-1], int(num_weights)
 
     def sorting(size: Callable[[int], int]) -> Step:
         return "temporary", Formula(lambda number: size(number) if number > 3072 else 0, (count,))
 
     def partial(number: int) -> int:
-        return number // 10 + min(number, num_weights)
+        return number // 10 + min(number, rows)
 
     yield sorting(lambda number: 8 * number)  # sorted indices
     yield sorting(lambda number: 8 * number)  # where each came from
@@ -170,7 +175,13 @@ def _embedding_backward(call: Call, _: Architecture) -> Iterator[Step]:
     yield "free", 0
     yield "free", 0
     yield from _outputs(call)
-    for size in (lambda number: 8 * number, lambda _: 8, lambda number: 8 * number, lambda number: 8 * number, lambda _: 8):
+    for size in (
+        lambda number: 8 * number,
+        lambda _: 8,
+        lambda number: 8 * number,
+        lambda number: 8 * number,
+        lambda _: 8,
+    ):
         yield sorting(size)
     yield sorting(lambda number: 8 * partial(number))
     yield sorting(lambda number: 4 * partial(number) * width)
@@ -188,7 +199,8 @@ def _cudnn_attention(call: Call, _: Architecture) -> Iterator[Step]:
 
 @_rule("_scaled_dot_product_cudnn_attention_backward")
 def _cudnn_attention_backward(call: Call, _: Architecture) -> Iterator[Step]:
-    """Queries' gradient and the rows' sums in float32, in one workspace: recorded traces of bert-large, gpt2 and vit-large."""
+    """Queries' gradient and the rows' sums in float32, in one workspace: recorded traces of bert-large, gpt2 and
+    vit-large."""
     yield from _outputs(call)
     batch, heads, length, head_dim = call.args[1].shape
     yield "temporary", 4 * batch * heads * length * (head_dim + 1) + 256
@@ -196,13 +208,15 @@ def _cudnn_attention_backward(call: Call, _: Architecture) -> Iterator[Step]:
 
 @_rule("_scaled_dot_product_flash_attention")
 def _flash_attention(call: Call, _: Architecture) -> Iterator[Step]:
-    """Result, log-sum-exp, then the random state: ``mha_fwd`` in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp."""
+    """Result, log-sum-exp, then the random state: ``mha_fwd`` in
+    aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp."""
     yield from _outputs(call)
 
 
 @_rule("_scaled_dot_product_flash_attention_backward")
 def _flash_attention_backward(call: Call, _: Architecture) -> Iterator[Step]:
-    """``mha_bwd``: gradients, ``softmax_d``, the queries' gradient in float32, and expanded gradients for grouped heads."""
+    """``mha_bwd``: gradients, ``softmax_d``, the queries' gradient in float32, and expanded gradients for grouped
+    heads."""
     yield from _outputs(call)
     query, key = call.args[1], call.args[2]
     batch, heads, length, head_dim = query.shape
@@ -221,7 +235,9 @@ def _convolution(call: Call, architecture: Architecture) -> Iterator[Step]:
     """The result, then cuDNN's workspace (recorded trace of resnet50)."""
     yield from _outputs(call)
     transposed = bool(call.args[6])
-    yield from _workspace_of("dgrad" if transposed else "forward", call.args[0], call.args[1], call.args[3:9], architecture)
+    yield from _workspace_of(
+        "dgrad" if transposed else "forward", call.args[0], call.args[1], call.args[3:9], architecture
+    )
 
 
 @_rule("convolution_backward")
@@ -263,8 +279,9 @@ def _workspace_of(
     else:
         size, c, k = tuple(inputs.shape[2:]), inputs.shape[1], weight.shape[0]
     layer: dict[str, Any] = {
-        "direction": direction, "dtype": str(inputs.dtype)[6:], "c": c, "k": k, "groups": groups, "kernel": tuple(weight.shape[2:]),
-        "stride": stride, "padding": padding, "dilation": dilation, "input_size": size,
+        "direction": direction, "dtype": str(inputs.dtype)[6:], "c": c, "k": k, "groups": groups,
+        "kernel": tuple(weight.shape[2:]), "stride": stride, "padding": padding, "dilation": dilation,
+        "input_size": size,
         "channels_last": inputs.dim() == 4 and _is_channels_last(inputs) | _is_channels_last(weight),
         "compute_capability": architecture.compute_capability,
     }  # fmt: skip
@@ -275,7 +292,10 @@ def _workspace_of(
     numbers = (inputs.shape[0],)
     yield "workspace", Formula(lambda n: workspace(n).bytes, numbers)
     yield "free", 0
-    yield "doubt", Formula(lambda n: max(workspace(n).high - workspace(n).bytes, workspace(n).bytes - workspace(n).low), numbers)
+    yield (
+        "doubt",
+        Formula(lambda n: max(workspace(n).high - workspace(n).bytes, workspace(n).bytes - workspace(n).low), numbers),
+    )
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from planner.allocator import AllocatorConfig, replay
 from planner.units import MIB, format_bytes
-from planner.virtual.scaling import Scaled, TraceFamily
+from planner.virtual.scaling import TraceFamily
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +32,8 @@ def predict_trial(
 ) -> dict[str, Any]:
     """The outcome, peaks and needed bytes of ``batch_size`` under ``capacity_bytes``, as JSON data.
 
-    ``needed``: the smallest capacity under which the step runs, between its peak of allocated bytes and what it would reserve with
-    no limit, with the interval that the true figure is expected in.
+    ``needed``: the smallest capacity under which the step runs, between its peak of allocated bytes and what it would
+    reserve with no limit, with the interval that the true figure is expected in.
     """
     scaled = family.scaled(batch_size)
 
@@ -57,7 +57,12 @@ def predict_trial(
         "peak_allocated_bytes": (limited if limited.fits else free).peak_allocated_bytes,
         "peak_reserved_bytes": (limited if limited.fits else free).peak_reserved_bytes,
         "num_alloc_retries": limited.num_alloc_retries,
-        "needed": {"bytes": needed, "low_bytes": max(0, needed - low_doubt), "high_bytes": needed + high_doubt, "basis": basis},
+        "needed": {
+            "bytes": needed,
+            "low_bytes": max(0, needed - low_doubt),
+            "high_bytes": needed + high_doubt,
+            "basis": basis,
+        },
         "traced": scaled.exact,
         "traced_batch_sizes": list(family.traced_sizes),
         "unmodelled": sorted(operator for operator, _, modelled in scaled.doubts if not modelled),

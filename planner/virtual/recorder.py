@@ -23,37 +23,49 @@ aten = torch.ops.aten
 # What a gradient that only the engine's buffer holds counts here, seen from inside a dispatch mode.
 _ENGINE_TENSOR_REFERENCES, _ENGINE_STORAGE_REFERENCES = 4, 2
 _GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)
-_ENGINE_FRAMES = 3  # this method, __torch_dispatch__ and torch's two wrappers around it: nothing else when the engine calls
+_ENGINE_FRAMES = (
+    3  # this method, __torch_dispatch__ and torch's two wrappers around it: nothing else when the engine calls
+)
 _ZERO = {torch.bool: False, torch.int64: 0, torch.int32: 0, torch.uint8: 0}
 _READS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
 
 
 def _grouped_mm(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    """``_grouped_mm`` takes float32 and float16 on CUDA, one product for each group; its shape function knows bf16 alone."""
+    """``_grouped_mm`` takes float32 and float16 on CUDA, one product for each group; its shape function knows bf16
+    alone."""
     dtype = args[0].dtype
-    low = [item.to(torch.bfloat16) if isinstance(item, torch.Tensor) and item.is_floating_point() else item for item in args]
+    low = [
+        item.to(torch.bfloat16) if isinstance(item, torch.Tensor) and item.is_floating_point() else item
+        for item in args
+    ]
     out: torch.Tensor = func(*low, **{**kwargs, "out_dtype": None} if "out_dtype" in kwargs else kwargs)
     return out if dtype is torch.bfloat16 else out.to(dtype)
 
 
 @functools.cache
 def _is_composite(func: Any) -> bool:
-    return func.namespace == "aten" and func not in _READS and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return (
+        func.namespace == "aten"
+        and func not in _READS
+        and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    )
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs above ``FakeTensorMode``: sees each operator that a CUDA kernel would serve.
 
-    A storage on the virtual device is born with the operator that returns it first and dies when PyTorch frees it, which a weak
-    reference tells at the very moment. ``kernels`` adds what CUDA kernels allocate beyond their outputs.
+    A storage on the virtual device is born with the operator that returns it first and dies when PyTorch frees it,
+    which a weak reference tells at the very moment. ``kernels`` adds what CUDA kernels allocate beyond their outputs.
     """
 
     def __init__(self, kernels: Kernels) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.kernels = kernels
         self._live: dict[int, Any] = {}
         self._main = threading.get_ident()
+        self.in_optimizer = False
+        """Whether an optimizer takes its step: what it reads scales its update, and no size follows from it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -67,12 +79,13 @@ class Recorder(TorchDispatchMode):
             if known is not None:
                 with unset_fake_temporarily():
                     return known.item()
-            if args[0].device.type == NAME:
+            if args[0].device.type == NAME and not self.in_optimizer:
                 raise ModelError(
-                    "the model reads the value of a tensor that depends on its weights; the virtual GPU has no values there",
+                    "the model reads the value of a tensor that depends on its weights; the virtual GPU has none",
                     field="model",
                 )
-            return _ZERO.get(args[0].dtype, 0.0)  # initialising weights on the CPU: their values cost no memory
+            # Initialising weights on the CPU, or a norm that Adafactor scales by: the value costs no memory.
+            return _ZERO.get(args[0].dtype, 0.0)
         if func is aten.add.Tensor and self._accumulates_in_place(args):
             return args[0]
         real = values.compute_values(func, args, kwargs)
@@ -100,7 +113,11 @@ class Recorder(TorchDispatchMode):
             if isinstance(item, FakeTensor) and item.fake_device.type == NAME:
                 touched = True
                 storage = item.untyped_storage()
-                if storage.nbytes() and storage._cdata not in self._live and all(storage._cdata != other._cdata for other, _ in born):
+                if (
+                    storage.nbytes()
+                    and storage._cdata not in self._live
+                    and all(storage._cdata != other._cdata for other, _ in born)
+                ):
                     born.append((storage, storage.nbytes()))
         if not touched:
             return
@@ -133,8 +150,9 @@ class Recorder(TorchDispatchMode):
     def _accumulates_in_place(self, args: Any) -> bool:
         """Whether this addition is the engine's, summing two gradients of one tensor, and CUDA would do it in place.
 
-        ``InputBuffer::accumulate`` (torch/csrc/autograd/input_buffer.cpp) adds in place when nobody else holds the first gradient; it
-        never does so for subclasses, which fake tensors are. The engine calls from its own thread with no Python below.
+        ``InputBuffer::accumulate`` (torch/csrc/autograd/input_buffer.cpp) adds in place when nobody else holds the
+        first gradient; it never does so for subclasses, which fake tensors are. The engine calls from its own thread
+        with no Python below.
         """
         if threading.get_ident() == self._main or torch.is_grad_enabled() or len(args) != 2:
             return False

@@ -1,9 +1,10 @@
 """The staging buffer of CUDA reductions that span several thread blocks.
 
-``staging_buffer_bytes`` follows ``setReduceConfig`` and ``ReduceConfig`` in aten/src/ATen/native/cuda/Reduce.cuh. When there are few outputs
-and many inputs for each, the inputs are divided among blocks, and the partial results meet in global memory: a buffer and
-one semaphore for each block, from the caching allocator, freed when the kernel was launched. The buffer is large: a sum of
-``[2048, 1024]`` bf16 over its rows takes 16 MiB for 2 KiB of result (seen in the recorded trace of bert-large).
+``staging_buffer_bytes`` follows ``setReduceConfig`` and ``ReduceConfig`` in aten/src/ATen/native/cuda/Reduce.cuh. When
+there are few outputs and many inputs for each, the inputs are divided among blocks, and the partial results meet in
+global memory: a buffer and one semaphore for each block, from the caching allocator, freed when the kernel was
+launched. The buffer is large: a sum of ``[2048, 1024]`` bf16 over its rows takes 16 MiB for 2 KiB of result (seen in
+the recorded trace of bert-large).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Loop = tuple[int, int, bool]
 
 
 def staging_buffer_bytes(accumulator_bytes: int, num_sms: int, threads_per_sm: int, loops: Sequence[Loop]) -> int:
-    """Bytes of the partial results that a reduction over ``loops`` (see ``reduction_loops``) takes beside its output; 0 for none.
+    """Bytes of the partial results that a reduction over ``loops`` (see ``reduction_loops``) takes beside its output; 0
+    for none.
 
     ``accumulator_bytes`` is the size of one partial result: 4 for sums of floats up to 32 bits.
     """
@@ -77,9 +79,11 @@ def _staging(accumulator_bytes: int, num_sms: int, threads_per_sm: int, loops: S
 
 
 def reduction_loops(tensor: torch.Tensor, dims: tuple[int, ...]) -> list[Loop]:
-    """The dimensions of ``tensor`` when it is reduced over ``dims`` (all when empty): reduced first, each by ascending stride, neighbours coalesced.
+    """The dimensions of ``tensor`` when it is reduced over ``dims`` (all when empty): reduced first, each by ascending
+    stride, neighbours coalesced.
 
-    As ``TensorIteratorBase::reorder_dimensions`` and ``coalesce_dimensions`` leave them (aten/src/ATen/TensorIterator.cpp).
+    As ``TensorIteratorBase::reorder_dimensions`` and ``coalesce_dimensions`` leave them
+    (aten/src/ATen/TensorIterator.cpp).
     """
     wanted = {dim % tensor.dim() for dim in dims} if dims else set(range(tensor.dim()))
     loops = [

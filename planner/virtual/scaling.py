@@ -1,9 +1,9 @@
 """A step's memory events at any batch size, from traces at a few.
 
-Almost every tensor's size is affine in the batch size, and the order of events does not depend on it; so the events between two traced
-sizes, and beyond them, follow from the two. Peaks are *not* affine (blocks are reused, sizes rounded), which is why the events are scaled
-and replayed rather than the peaks. Where two traces differ in their order (a kernel takes another path above some size), the
-nearest trace with the same order as the next one up is used.
+Almost every tensor's size is affine in the batch size, and the order of events does not depend on it; so the events
+between two traced sizes, and beyond them, follow from the two. Peaks are *not* affine (blocks are reused, sizes
+rounded), which is why the events are scaled and replayed rather than the peaks. Where two traces differ in their order
+(a kernel takes another path above some size), the nearest trace with the same order as the next one up is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Scaled:
 
 
 class TraceFamily:
-    """The traces of one variant, taken when they are needed: ``trace(batch_size)`` runs the step on the virtual device."""
+    """The traces of one variant, taken when they are needed: ``trace(batch_size)`` runs the step on the virtual
+    device."""
 
     def __init__(self, trace: Callable[[int], Trace]) -> None:
         self._trace = trace
@@ -71,7 +72,8 @@ class TraceFamily:
         return Scaled(Events(second.events, sizes, optional=second.optional), second, False, doubts)
 
     def _nearest_pair(self, batch_size: int) -> tuple[int, int] | None:
-        """Two traced sizes with the same events: around ``batch_size`` if possible, else the nearest below or above it."""
+        """Two traced sizes with the same events: around ``batch_size`` if possible, else the nearest below or above
+        it."""
         by_distance = sorted(self._traces, key=lambda size: abs(size - batch_size))
         for position, nearest in enumerate(by_distance):
             for other in by_distance[position + 1 :]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 class Formula:
     """A temporary whose size is not affine in the batch size, though the numbers that it follows from are.
 
-    A kernel's rule gives its temporaries in this form even where they are empty, so that the order of events is the same at every
-    batch size.
+    A kernel's rule gives its temporaries in this form even where they are empty, so that the order of events is the
+    same at every batch size.
     """
 
     function: Callable[..., int]
@@ -25,7 +25,10 @@ class Formula:
     def between(self, other: Formula, low: int, high: int, batch_size: int) -> int:
         """Bytes at ``batch_size``, where this formula was seen at batch size ``low`` and ``other`` at ``high``."""
         return self.function(
-            *(a + (b - a) * (batch_size - low) // (high - low) for a, b in zip(self.numbers, other.numbers, strict=True))
+            *(
+                a + (b - a) * (batch_size - low) // (high - low)
+                for a, b in zip(self.numbers, other.numbers, strict=True)
+            )
         )
 
 

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from planner.specs.model import Spec, Variant
-from planner.virtual import attention, autocast, backend
+from planner.errors import InvalidSpec
+from planner.specs.model import Compile, Spec, Variant
+from planner.virtual import attention, autocast, backend, recurrent
 from planner.virtual.architecture import Architecture
 from planner.virtual.kernels import Kernels
 from planner.virtual.recorder import Recorder
-from planner.virtual.trace import Trace
+from planner.virtual.trace import Doubt, Formula, Trace
 
 
 @functools.cache
 def prepare(architecture: Architecture) -> torch.device:
     """Install the virtual device in this process as a GPU of ``architecture``."""
     device = backend.install()
-    # torch.tensor(..., device=...) is to be made on the CPU and moved below the modes: there is no device to make it on.
+    # torch.tensor(..., device=...) is to be made on the CPU and moved below the modes: there is no device to make it
+    # on.
     torch._C._set_only_lift_cpu_tensors(True)
     autocast.install()
     attention.install(architecture)
+    recurrent.install(_note_doubt)
     _show_values_to_transformers()
     return device
 
@@ -31,30 +35,50 @@ def prepare(architecture: Architecture) -> torch.device:
 def trace_steps(
     spec: Spec, variant: Variant, batch_size: int, architecture: Architecture, *, num_steps: int = 3
 ) -> Trace:
-    """Build the model, move it and take ``num_steps`` training steps, all without storage."""
+    """Build the model, move it and take ``num_steps`` training steps, all without storage.
+
+    Raises ``InvalidSpec`` for a compiled variant: what the compiler fuses and recomputes is not known here.
+    """
     from planner.training import Training, build_model
 
+    if variant.compile is Compile.ON:
+        message = "torch.compile is not predicted, since its compiler decides what is kept: probe it on a GPU"
+        raise InvalidSpec(message, field="variants.compile", suggestion="off")
     device = prepare(architecture)
     recorder = Recorder(Kernels(architecture))
-    with FakeTensorMode(allow_non_fake_inputs=True), recorder:
-        model = build_model(spec)
-        recorder.trace.mark("move")
-        training = Training(spec, variant, model, device)
-        del model
-        for number in range(num_steps):
-            recorder.trace.mark(f"step {number + 1}")
-            training.step(batch_size)
-        recorder.trace.mark("end")
+    _recording.append(recorder)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), recorder:
+            model = build_model(spec)
+            recorder.trace.mark("move")
+            training = Training(spec, variant, model, device)
+            training.optimizer.register_step_pre_hook(lambda *_: setattr(recorder, "in_optimizer", True))
+            training.optimizer.register_step_post_hook(lambda *_: setattr(recorder, "in_optimizer", False))
+            del model
+            for number in range(num_steps):
+                recorder.trace.mark(f"step {number + 1}")
+                training.step(batch_size)
+            recorder.trace.mark("end")
+    finally:
+        _recording.remove(recorder)
     return recorder.trace
+
+
+_recording: list[Recorder] = []
+
+
+def _note_doubt(operator: str, error: Formula) -> None:
+    for recorder in _recording:
+        recorder.trace.doubts.append(Doubt(operator, error, modelled=False))
 
 
 def _show_values_to_transformers() -> None:
     """Let transformers look at masks and positions as it does on a GPU.
 
-    It leaves shortcuts out (a causal mask that need not exist) where it sees a fake tensor, whose values it takes for unknown; here
-    the small ones are known (``planner.virtual.values``).
+    It leaves shortcuts out (a causal mask that need not exist) where it sees a fake tensor, whose values it takes for
+    unknown; here the small ones are known (``planner.virtual.values``).
     """
     if importlib.util.find_spec("transformers") is not None:
-        library = importlib.import_module("transformers.utils.import_utils")
+        library: Any = importlib.import_module("transformers.utils.import_utils")
         if hasattr(library, "is_fake_tensor"):
             library.is_fake_tensor = lambda tensor: False

@@ -1,8 +1,8 @@
 """Real values for the few small tensors that a model looks at.
 
-A fake tensor has no data, but models read some: position checks, masks, packed-sequence detection, ``.item()`` on a counter. Every
-tensor that follows from constants, ranges and random integers alone is therefore also computed for real on the CPU, beside its fake.
-Whatever depends on a weight or an activation has no value.
+A fake tensor has no data, but models read some: position checks, masks, packed-sequence detection, ``.item()`` on a
+counter. Every tensor that follows from constants, ranges and random integers alone is therefore also computed for real
+on the CPU, beside its fake. Whatever depends on a weight or an activation has no value.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ aten = torch.ops.aten
 
 _FACTORIES = {
     packet
-    for name in """arange zeros ones full scalar_tensor randint eye linspace tril_indices triu_indices zeros_like ones_like full_like
-    new_zeros new_ones new_full randint_like randperm""".split()
+    for name in """arange zeros ones full scalar_tensor randint eye linspace tril_indices triu_indices zeros_like
+    ones_like full_like new_zeros new_ones new_full randint_like randperm""".split()
     if (packet := getattr(aten, name, None)) is not None
 }
 # The virtual GPU assumes that no gradient overflows, so this leaves ``found_inf`` as it was: zero.
@@ -76,7 +76,8 @@ def forget_mutated(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def adopt_constants(outputs: Any) -> None:
-    """Take over what FakeTensorMode itself knows of ``torch.tensor(...)``: it would run operators on it for real, on any device."""
+    """Take over what FakeTensorMode itself knows of ``torch.tensor(...)``: it would run operators on it for real, on
+    any device."""
     for item in tree_leaves(outputs):
         if isinstance(item, FakeTensor) and item.constant is not None:
             set_value(item, item.constant)

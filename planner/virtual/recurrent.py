@@ -1,0 +1,47 @@
+"""Recurrent layers: cuDNN runs a whole LSTM or GRU as one kernel whose memory is not modelled, and the prediction has
+to say so.
+
+On the virtual device the layers run cell by cell (PyTorch's own decomposition), which keeps other tensors than cuDNN's
+reserve and workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from planner.virtual.backend import DISPATCH_KEY, NAME
+from planner.virtual.trace import Formula
+
+Library: Any = torch.library.Library  # torch does not annotate it
+_libraries: list[Any] = []
+_VALUES_PER_STATE = 24
+"""How many values of one hidden state the two ways of running may differ by: four gates, the cell and the output, kept
+and in work, twice."""
+
+
+def install(doubt: Callable[[str, Formula], None]) -> None:
+    """Route the recurrent operators of the ``vgpu`` backend through ``doubt(operator, bytes that it may be off
+    by)``."""
+    library: Any = Library("aten", "IMPL", "Autograd" + DISPATCH_KEY)
+    _libraries.append(library)
+    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        operator = getattr(torch.ops.aten, name).input
+        library.impl(operator, _doubted(name, operator, doubt))
+
+
+def _doubted(name: str, operator: Any, doubt: Callable[[str, Formula], None]) -> Any:
+    def run(inputs: torch.Tensor, *args: Any) -> Any:
+        weights: list[torch.Tensor] = args[1]
+        hidden = weights[1].shape[-1]
+        layers = max(1, len(weights) // 4)
+        steps = inputs.numel() // inputs.shape[-1]  # time steps of all samples
+        weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+        per_step = _VALUES_PER_STATE * hidden * layers * inputs.element_size()
+        if inputs.device.type == NAME:
+            doubt(name, Formula(lambda count: per_step * count + 2 * weight_bytes, (steps,)))
+        return operator.decompose(inputs, *args)
+
+    return run
