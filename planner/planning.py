@@ -244,16 +244,14 @@ class _VariantWork:
         if result.failure is not None:
             return self._failed(result.failure, result.notes)
         self._compare(runner, result)
-        notes = [*_notes_of(result.trials), *result.notes]
-        if predicted is not None:
-            notes.append(f"the virtual GPU had predicted a largest batch size of {predicted.max_batch_size}")
-        return self._answer(
+        plan = self._answer(
             result.best,
-            notes,
+            [*_notes_of(result.trials), *result.notes],
             max_batch_size=result.max_batch_size,
             first_oom_batch_size=result.first_oom_batch_size,
             certified=self._is_certified(result),
         )
+        return replace(plan, predicted_max_batch_size=predicted.max_batch_size if predicted else None)
 
     def _compare(self, runner: TrialRunner, result: SearchResult) -> None:
         """A prediction more costs milliseconds; on a real GPU the search's own trials must do."""

@@ -23,6 +23,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     if plan.batch_size is None:
         answer: dict[str, Any] = {
             "max_batch_size": plan.max_batch_size, "first_oom_batch_size": plan.first_oom_batch_size,
+            "predicted_max_batch_size": plan.predicted_max_batch_size,
         }  # fmt: skip
     else:
         answer = {"batch_size": plan.batch_size, "fits": plan.fits}

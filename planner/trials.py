@@ -130,7 +130,8 @@ class Environment:
         """
         matter: dict[str, Any] = {
             "source": self.source, "gpu": self.gpu, "gpu_name": self.gpu_name, "total_bytes": self.total_bytes,
-            "driver_version": self.driver_version, "cuda_version": self.cuda_version, "torch_version": self.torch_version,
+            "driver_version": self.driver_version, "cuda_version": self.cuda_version,
+            "torch_version": self.torch_version,
             "library_versions": dict(sorted(self.library_versions.items())), "allocator_conf": self.allocator_conf,
             "code_hash": self.code_hash,
         }  # fmt: skip
@@ -158,6 +159,8 @@ class Plan:
     source: Source
     max_batch_size: int | None = None
     first_oom_batch_size: int | None = None
+    predicted_max_batch_size: int | None = None
+    """Of a measured search: where the virtual GPU had said that it would end; ``None`` where it could not say."""
     batch_size: int | None = None
     fits: bool | None = None
     certified: bool = False

@@ -118,6 +118,7 @@ plan_fields = st.fixed_dictionaries({
     "spec_name": st.none() | texts, "model": texts, "variant": variants, "environment": environments,
     "capacity_bytes": byte_counts, "status": st.sampled_from(PlanStatus), "source": st.sampled_from(Source),
     "max_batch_size": st.none() | byte_counts, "first_oom_batch_size": st.none() | byte_counts,
+    "predicted_max_batch_size": st.none() | byte_counts,
     "batch_size": st.none() | byte_counts, "fits": st.none() | st.booleans(), "certified": st.booleans(),
     "peaks": st.none() | peaks, "reserved_interval": st.none() | intervals, "step_time_s": st.none() | seconds,
     "num_alloc_retries": byte_counts, "trials": st.lists(trials, max_size=3).map(tuple),

@@ -71,7 +71,9 @@ def test_a_right_prediction_makes_two_trials_enough():
     (plan,) = plan_sweep(make_spec(), device, predict_start=virtual)
     assert device.runs == [(FP32, 54, True), (FP32, 55, True)]
     assert plan.certified
-    assert "the virtual GPU had predicted a largest batch size of 54" in plan.notes
+    assert plan.predicted_max_batch_size == 54
+    (alone,) = plan_sweep(make_spec(), ThresholdDevice(54))
+    assert alone.predicted_max_batch_size is None
     assert all(trial.source is Source.MEASURED for trial in plan.trials)
 
 

@@ -17,6 +17,7 @@ from planner.errors import StoreError
 from planner.store import Store
 from planner.store.address import parse_address
 from planner.store.engine import make_engine
+from planner.store.schema import REVISION
 
 SECRET = "s3cr:t/x@"
 QUOTED = "s3cr%3At%2Fx%40"
@@ -145,7 +146,7 @@ def test_tables_of_somebody_else_are_left_alone(store_url: str) -> None:
 
 def test_without_leave_to_migrate_the_schema_must_be_there(store_url: str) -> None:
     message = failure(store_url, migrate=False)
-    assert "has schema none where this version of planner needs 0001" in message
+    assert f"has schema none where this version of planner needs {REVISION}" in message
     Store.open(store_url).close()
     Store.open(store_url, migrate=False).close()
 

@@ -37,6 +37,9 @@ class PlanDocument(BaseModel):
     source: Literal["measured", "predicted"]
     max_batch_size: int | None = Field(default=None, description="Of a search; 0 when not even one sample fits")
     first_oom_batch_size: int | None = None
+    predicted_max_batch_size: int | None = Field(
+        default=None, description="Of a measured search: the answer that had been predicted before it"
+    )
     batch_size: int | None = Field(default=None, description="Of a question about one batch size")
     fits: bool | None = Field(default=None, description="Of a question about one batch size")
     certified: bool | None = Field(

@@ -47,14 +47,15 @@ def plans_table(console: Console, plans: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def intervals(plans: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where the reserved bytes of predictions are expected, under what that rests on."""
+    """Where the reserved bytes of predictions are expected, and after the ranges what they rest on."""
     lines: dict[str, list[str]] = {}
     for plan in plans:
         if interval := plan.get("reserved_interval"):
             low, high = format_bytes(interval["low_bytes"]), format_bytes(interval["high_bytes"])
             label = wording.variant_label(plan["variant"])
             lines.setdefault(str(interval["basis"]), []).append(f"  {label}: {low} to {high}")
-    return [line for basis, ranges in lines.items() for line in (f"Reserved bytes expected ({basis}):", *ranges)]
+    found = [line for basis, ranges in lines.items() for line in (*ranges, f"  {basis}")]
+    return ["Reserved bytes expected:", *found] if found else []
 
 
 def remarks(plans: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -69,6 +70,22 @@ def remarks(plans: Sequence[Mapping[str, Any]]) -> list[str]:
     for plan in plans:
         lines.extend(plan.get("notes") or ())
     return list(dict.fromkeys(lines))
+
+
+def expectation(plans: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line: what had been predicted before it was measured, and where that was wrong."""
+    known = [plan for plan in plans if plan.get("predicted_max_batch_size") is not None]
+    if not known:
+        return []
+    each = [f"{wording.variant_label(plan['variant'])} {_predicted_against(plan)}" for plan in known]
+    exact = sum(plan["predicted_max_batch_size"] == plan.get("max_batch_size") for plan in known)
+    verdict = "all exact" if exact == len(known) else f"{exact} of {len(known)} exact"
+    return [f"Predicted before measuring: {', '.join(each)}: {verdict}."]
+
+
+def _predicted_against(plan: Mapping[str, Any]) -> str:
+    predicted, measured = plan["predicted_max_batch_size"], plan.get("max_batch_size")
+    return str(predicted) if measured in (predicted, None) else f"{predicted} (measured {measured})"
 
 
 def origin(plans: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -92,7 +109,7 @@ def print_plans(
 ) -> None:
     """The table, then its remarks, the summary sentences, and where it all comes from with ``notes``."""
     console.print(plans_table(console, plans))
-    for block in (intervals(plans), remarks(plans), list(summary), [*origin(plans), *notes]):
+    for block in (intervals(plans), remarks(plans), expectation(plans), list(summary), [*origin(plans), *notes]):
         if block:
             console.print()
             print_lines(console, block)

@@ -27,7 +27,7 @@ from sqlalchemy import (
 )  # fmt: skip
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
 
-REVISION: Final = "0001"
+REVISION: Final = "0002"
 """The migration that these models belong to (a test holds it to the newest one)."""
 
 VERSION_TABLE: Final = "planner_alembic_version"
@@ -163,6 +163,7 @@ class PlanRow(Evidence, Base):
     status: Mapped[str] = mapped_column(NAME)
     max_batch_size: Mapped[int | None] = mapped_column(BigInteger)
     first_oom_batch_size: Mapped[int | None] = mapped_column(BigInteger)
+    predicted_max_batch_size: Mapped[int | None] = mapped_column(BigInteger)
     batch_size: Mapped[int | None] = mapped_column(BigInteger)
     fits: Mapped[bool | None] = mapped_column(Boolean)
     certified: Mapped[bool] = mapped_column(Boolean)
