@@ -1,0 +1,139 @@
+"""Whole models on the virtual GPU: families that trace, traces that scale, and a sweep from end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from planner.gpus import find_gpu
+from planner.planning import plan_sweep
+from planner.specs.document import parse_spec
+from planner.trials import Outcome, PlanStatus, Source
+from planner.units import GIB
+from planner.virtual.device import VirtualDevice
+from tests.virtual_child import Process
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+TOKENS = {"kind": "tokens", "sequence_length": 64}
+IMAGES = {"kind": "images", "size": 64, "classes": 10}
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Process]:
+    with Process() as process:
+        yield process
+
+
+def _transformers(model_type: str, task: str, **config: Any) -> dict[str, Any]:
+    return {"source": "transformers", "model_type": model_type, "task": task, "config": config}
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
+    "gpt2 as it is by default": (_transformers("gpt2", "causal-lm", n_layer=1), TOKENS, {"precision": "bf16-amp"}),
+    "llama, grouped heads, checkpointing": (
+        _transformers("llama", "causal-lm", num_key_value_heads=2, **SMALL),
+        TOKENS,
+        {"precision": "bf16-amp", "checkpointing": "full"},
+    ),
+    "mixtral, experts": (
+        _transformers("mixtral", "causal-lm", num_key_value_heads=2, num_local_experts=4, **SMALL),
+        TOKENS,
+        {"precision": "bf16"},
+    ),
+    "bert, sequences": (_transformers("bert", "sequence-classification", **SMALL), TOKENS, {"precision": "fp16-amp"}),
+    "roberta, tokens": (_transformers("roberta", "token-classification", num_labels=5, **SMALL), TOKENS, {}),
+    "t5, both halves": (
+        _transformers("t5", "seq2seq-lm", d_model=64, num_layers=1, num_heads=4, d_ff=128, decoder_start_token_id=0),
+        TOKENS,
+        {"precision": "bf16-amp"},
+    ),
+    "vit": (_transformers("vit", "image-classification", image_size=64, **SMALL), IMAGES, {"precision": "fp16"}),
+    "resnet of transformers": (
+        _transformers("resnet", "image-classification", depths=[1, 1], hidden_sizes=[16, 32], embedding_size=16),
+        IMAGES,
+        {"precision": "tf32"},
+    ),
+    "timm, convolutions": ({"source": "timm", "name": "resnet18"}, IMAGES, {"checkpointing": "full"}),
+    "timm, attention": (
+        {"source": "timm", "name": "vit_tiny_patch16_224", "args": {"img_size": 64, "depth": 1}},
+        IMAGES,
+        {"precision": "bf16-amp"},
+    ),
+    "torchvision": ({"source": "torchvision", "name": "mobilenet_v3_small"}, IMAGES, {"precision": "bf16-amp"}),
+    "torchvision, logits in a tuple": ({"source": "torchvision", "name": "googlenet"}, IMAGES, {}),
+    "a user's own": (
+        {"source": "python", "target": "tests.virtual_models:Tied"},
+        {
+            "kind": "tensors",
+            "inputs": {key: {"shape": [12], "dtype": "int64", "high": 100} for key in ("input_ids", "labels")},
+        },
+        {"precision": "fp16-amp"},
+    ),
+}
+
+# Experts are chosen by values: what their kernels take beside tensors is named to the user.
+UNMODELLED = {"mixtral, experts": ["_grouped_mm", "histc", "index_put", "index_put_", "sort", "topk"]}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_of_models_traces(process: Process, name: str) -> None:
+    model, data, variant = FAMILIES[name]
+    trace = process.do("traced", spec={"model": model, "data": data}, variant=variant, batch_size=2)
+    assert trace["unmodelled"] == UNMODELLED.get(name, [])
+    assert len(trace["operators"]) == len(trace["sizes"]) > 30
+    assert min(trace["sizes"]) >= 0
+    freed = [~event for event in trace["events"] if event < 0]
+    assert len(freed) == len(set(freed)), "no block is freed twice"
+    born: set[int] = set()
+    for event in trace["events"]:
+        assert event >= 0 or ~event in born
+        born.add(event)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2 as it is by default", "bert, sequences", "timm, convolutions", "timm, attention"]
+)
+def test_what_is_scaled_equals_what_is_traced(process: Process, name: str) -> None:
+    """At batch sizes around and far beyond those that scaling starts from, below and above the paths of kernels."""
+    model, data, variant = FAMILIES[name]
+    sizes = [3, 7, 24, 61]
+    found = process.do("scaled_and_traced", spec={"model": model, "data": data}, variant=variant, batch_sizes=sizes)
+    assert found == [{"exact": size <= 5, "same_order": True, "differing": 0} for size in sizes]
+
+
+GPT2 = {
+    "model": _transformers("gpt2", "causal-lm", n_layer=1, n_embd=128, n_head=2, vocab_size=512),
+    "data": TOKENS,
+    "variants": {"precision": ["bf16-amp"]},
+}
+
+
+def test_a_sweep_on_the_virtual_gpu() -> None:
+    (plan,) = plan_sweep(parse_spec(GPT2), VirtualDevice(find_gpu("h200"), GIB // 4))
+    assert plan.status is PlanStatus.PLANNED
+    assert (plan.source, plan.certified) == (Source.PREDICTED, False)
+    assert plan.max_batch_size is not None
+    assert plan.max_batch_size > 8
+    assert plan.first_oom_batch_size == plan.max_batch_size + 1
+    assert plan.peaks is not None
+    assert plan.peaks.allocated_bytes <= plan.peaks.reserved_bytes <= GIB // 4 < (plan.peaks.device_bytes or 0)
+    interval = plan.reserved_interval
+    assert interval is not None
+    assert interval.low_bytes < plan.peaks.reserved_bytes
+    assert interval.high_bytes > plan.peaks.allocated_bytes
+    assert all(trial.step_time_s is None for trial in plan.trials), "speed is not predicted"
+    assert {trial.outcome for trial in plan.trials} == {Outcome.FITS, Outcome.OOM}
+
+
+def test_variants_that_cannot_run_say_why_and_stop_no_other() -> None:
+    model, data, _ = FAMILIES["a user's own"]
+    spec = parse_spec({"model": model, "data": data, "variants": {"checkpointing": ["full", "selective", "none"]}})
+    full, selective, none = plan_sweep(spec, VirtualDevice(find_gpu("h200"), GIB), batch_size=2)
+    assert (none.status, none.fits) == (PlanStatus.PLANNED, True)
+    for plan, kind in ((full, "full"), (selective, "selective")):
+        assert plan.status is PlanStatus.UNSUPPORTED
+        assert plan.error is not None
+        assert plan.error["field"] == "variants.checkpointing"
+        assert f"Tied offers no {kind} checkpointing" in plan.error["message"]

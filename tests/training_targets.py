@@ -1,0 +1,74 @@
+"""What a user's module may hold: models, losses and steps, good and bad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+Batch = Mapping[str, torch.Tensor]
+
+
+class Regression(torch.nn.Module):
+    """A linear model; what it returns is ``returns``: the outputs, their loss, or the loss under that name."""
+
+    def __init__(self, returns: str = "outputs", frozen: bool = False) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 2)
+        self.returns = returns
+        self.requires_grad_(not frozen)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        outputs = self.linear(x)
+        loss = functional.mse_loss(outputs.float(), y.float())
+        return {"outputs": outputs, "scalar": loss, "mapping": {"loss": loss}, "constant": loss.detach()}[self.returns]
+
+
+class Checkpointed(Regression):
+    """A user's own model with timm's switch."""
+
+    checkpointed = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.checkpointed = enable
+
+
+def loss(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return functional.mse_loss(outputs.float(), batch["y"].float())
+
+
+def unreduced(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return outputs - batch["y"]
+
+
+def nothing(outputs: torch.Tensor, batch: Batch) -> None:
+    return None
+
+
+CALLS: list[dict[str, Any]] = []
+
+
+def step(
+    model: Callable[..., Any],
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    optimizer.zero_grad()
+    with autocast():
+        value = loss(model(**batch), batch)
+    torch.autograd.backward(scaler.scale(value))
+    scaler.step(optimizer)
+    scaler.update()
+    CALLS.append({"batch": dict(batch), "optimizer": optimizer, "scaled": scaler.is_enabled()})
+
+
+def not_a_model() -> str:
+    return "no"
+
+
+CONSTANT = 3
