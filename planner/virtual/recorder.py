@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from planner.errors import ModelError
 from planner.virtual import values
 from planner.virtual.backend import NAME
+from planner.virtual.indices import check_indices
 from planner.virtual.kernels import Call, Kernels, is_modelled
 from planner.virtual.trace import Doubt, Formula, Trace
 
@@ -88,6 +89,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _ZERO.get(args[0].dtype, 0.0)
         if func is aten.add.Tensor and self._accumulates_in_place(args):
             return args[0]
+        check_indices(func, args)
         real = values.compute_values(func, args, kwargs)
         if real is values.UNKNOWN:
             values.forget_mutated(func, args, kwargs)

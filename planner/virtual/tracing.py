@@ -13,6 +13,7 @@ from planner.errors import InvalidSpec
 from planner.specs.model import Compile, Spec, Variant
 from planner.virtual import attention, autocast, backend, recurrent
 from planner.virtual.architecture import Architecture
+from planner.virtual.indices import IndexOutOfRange
 from planner.virtual.kernels import Kernels
 from planner.virtual.recorder import Recorder
 from planner.virtual.trace import Doubt, Formula, Trace
@@ -37,7 +38,8 @@ def trace_steps(
 ) -> Trace:
     """Build the model, move it and take ``num_steps`` training steps, all without storage.
 
-    Raises ``InvalidSpec`` for a compiled variant: what the compiler fuses and recomputes is not known here.
+    Raises ``InvalidSpec`` for a compiled variant: what the compiler fuses and recomputes is not known here; and for
+    tokens or classes that the model has no positions or outputs for.
     """
     from planner.training import Training, build_model
 
@@ -59,6 +61,8 @@ def trace_steps(
                 recorder.trace.mark(f"step {number + 1}")
                 training.step(batch_size)
             recorder.trace.mark("end")
+    except IndexOutOfRange as error:
+        raise error.of_spec(spec) from error
     finally:
         _recording.remove(recorder)
     return recorder.trace

@@ -7,6 +7,7 @@ on the CPU, beside its fake. Whatever depends on a weight or an activation has n
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -30,10 +31,25 @@ _KEEPS_VALUES = {aten._amp_foreach_non_finite_check_and_unscale_.default}
 def value_of(tensor: object) -> torch.Tensor | None:
     """The tensor's real value on the CPU, or ``None`` where it is not known."""
     if isinstance(tensor, FakeTensor):
-        return tensor.__dict__.get("_planner_value")
+        known: torch.Tensor | None = tensor.__dict__.get("_planner_value")
+        return None if known is not None and known.untyped_storage()._cdata in _overwritten else known
     if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and type(tensor) is torch.Tensor:
         return tensor
     return None
+
+
+_overwritten: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+"""Storages of values that are not true any more: views of a tensor have values that are views of its value."""
+
+
+def _forget(tensor: torch.Tensor) -> None:
+    """Drop the values of ``tensor`` and of whatever shares its memory."""
+    known = value_of(tensor)
+    if known is not None:
+        storage = known.untyped_storage()
+        key = storage._cdata
+        _overwritten[key] = weakref.ref(storage, lambda _: _overwritten.pop(key, None))
+    set_value(tensor, None)
 
 
 def set_value(tensor: torch.Tensor, value: torch.Tensor | None) -> None:
@@ -60,7 +76,22 @@ def compute_values(func: Any, args: Any, kwargs: Any) -> Any:
         return item
 
     with unset_fake_temporarily(), torch.no_grad():
-        return func(*tree_map(real, args), **tree_map(real, kwargs))
+        real_args, real_kwargs = tree_map(real, args), tree_map(real, kwargs)
+        if shape_only and func(*real_args, **{**real_kwargs, "device": "meta"}).numel() > _LIMIT:
+            return UNKNOWN  # host memory is not the GPU's: nothing large is made here
+        result = func(*real_args, **real_kwargs)
+        if func._overloadpacket is aten.randint:
+            _show_range(result, real_args)
+        return result
+
+
+def _show_range(drawn: torch.Tensor, args: Any) -> None:
+    """Put the lowest and the highest value among random integers: an epoch of real data has both."""
+    bounds = [item for item in args if isinstance(item, int)]  # high, or low and high; the size is a list
+    low, high = (0, *bounds)[-2:]
+    flat = drawn.view(-1)
+    flat[:1] = low
+    flat[-1:] = high - 1
 
 
 def forget_mutated(func: Any, args: Any, kwargs: Any) -> None:
@@ -72,7 +103,7 @@ def forget_mutated(func: Any, args: Any, kwargs: Any) -> None:
             given = args[position] if position < len(args) else kwargs.get(argument.name)
             for item in tree_leaves(given):
                 if isinstance(item, FakeTensor):
-                    set_value(item, None)
+                    _forget(item)
 
 
 def adopt_constants(outputs: Any) -> None:
