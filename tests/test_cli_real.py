@@ -163,10 +163,12 @@ def test_the_service_answers_what_the_command_line_answers(server: str, folder: 
     assert [same(plan) for plan in json.loads(there.stdout)["plans"]] == [
         same(plan) for plan in json.loads(here.stdout)["plans"]
     ]
+    assert json.loads(there.stdout)["summary"] == json.loads(here.stdout)["summary"] != []
     assert "job running" in there.stderr
     job = json.loads(there.stdout)["job"]
     shown = planner(folder, "jobs", "show", job, "--server", server)
     assert f"job {job}: succeeded" in shown.stdout
+    assert "Largest batch size: " in shown.stdout
     listed = json.loads(planner(folder, "plans", "list", "--server", server, "--json").stdout)["plans"]
     one = planner(folder, "plans", "show", listed[0]["id"], "--server", server, "--json")
     assert json.loads(one.stdout)["id"] == listed[0]["id"]

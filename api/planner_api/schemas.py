@@ -90,6 +90,7 @@ class JobDocument(JobSummary):
     fresh: bool
     error: ErrorDocument | None
     plans: list[PlanDocument] = Field(description="Answers; a cancelled or failed job keeps those that it finished")
+    summary: list[str] = Field(description="The plans in a few sentences, as `planner probe` prints them")
 
 
 class JobPage(BaseModel):

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from planner.client import ServiceEvent
 from planner.jobs import Job, JobKind, JobRequest, JobState
-from planner.reports import plan_dict
+from planner.reports import plan_dict, summary
 from planner.store import PlanFilter, Store
 
 _POLL_S = 0.2
@@ -74,13 +74,14 @@ class EmbeddedService:
         self._store.close()
 
     def _document(self, job: Job) -> dict[str, Any]:
-        plans = [plan_dict(self._store.get_plan(plan_id)) for plan_id in job.plan_ids]
+        plans = [self._store.get_plan(plan_id) for plan_id in job.plan_ids]
         return {
             **_summary(job),
             "spec": dict(job.request.spec),
             "fresh": job.request.fresh,
             "error": None if job.error is None else dict(job.error),
-            "plans": plans,
+            "plans": [plan_dict(plan) for plan in plans],
+            "summary": summary(plans),
         }
 
 

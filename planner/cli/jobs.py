@@ -212,7 +212,7 @@ def _print_job(job: dict[str, Any]) -> None:
     print_lines(console, lines)
     if job["plans"]:
         console.print()
-        print_plans(console, job["plans"])
+        print_plans(console, job["plans"], job.get("summary") or ())
 
 
 def _when(moment: str | None) -> str:

@@ -178,14 +178,15 @@ def show_job_plans(job: dict[str, Any], as_json: bool, origin: str) -> int:
     """Print the plans of a finished job as ``probe`` prints its own, and answer the exit status that they mean."""
     from planner.cli.tables import print_plans
 
-    plans = job.get("plans") or []
+    plans, sentences = job.get("plans") or [], job.get("summary") or []
     error = error_from_dict(job["error"]) if job.get("error") else None
     if error is None and job["state"] == "cancelled":
         error = PlannerError(f"job {job['id']} was cancelled")
     if as_json:
-        print_document({"plans": plans, "job": job["id"]} | ({"error": error.as_dict()} if error else {}))
+        document = {"plans": plans, "summary": sentences, "job": job["id"]}
+        print_document(document | ({"error": error.as_dict()} if error else {}))
     elif plans:
-        print_plans(stdout_console(), plans, (), [origin])
+        print_plans(stdout_console(), plans, sentences, [origin])
     if error is not None:
         print_error(error, as_json=False)
         return status_of_error(error)

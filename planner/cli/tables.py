@@ -15,7 +15,7 @@ from planner.cli import wording
 from planner.cli.terminal import print_lines
 from planner.units import format_bytes
 
-NARROW = 144
+NARROW = 153
 """Columns below which cells stack their words and the gaps between columns shrink to one."""
 
 

@@ -9,7 +9,7 @@ from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
 from planner.jobs import Job, JobKind, JobRequest, JobState
-from planner.reports import plan_dict
+from planner.reports import plan_dict, summary
 from planner.store import Store
 from planner.targets import check_targets
 from planner_api.documents import JobQuestion, read_question
@@ -135,10 +135,12 @@ async def follow_job(
 
 
 def _document(store: Store, job: Job) -> JobDocument:
+    plans = [store.get_plan(plan_id) for plan_id in job.plan_ids]
     return JobDocument(
         **summary_fields(job),
         spec=dict(job.request.spec),
         fresh=job.request.fresh,
         error=None if job.error is None else ErrorDocument(**job.error),
-        plans=[PlanDocument(**plan_dict(store.get_plan(plan_id))) for plan_id in job.plan_ids],
+        plans=[PlanDocument(**plan_dict(plan)) for plan in plans],
+        summary=summary(plans),
     )
