@@ -66,7 +66,30 @@ def install() -> torch.device:
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]
     # A parameter of fake tensors is a FakeTensor to ``type``; on CUDA the same parameter gets the foreach kernels.
     importlib.import_module("torch.optim.optimizer")._foreach_supported_types.append(FakeTensor)
+    _claim_kernels()
     return torch.device(NAME, 0)
+
+
+_libraries: list[Any] = []  # a torch.library.Library undoes its registrations when it is collected
+
+
+@functools.cache
+def kernels_beside_decompositions() -> frozenset[str]:
+    """Operators that CUDA runs as one kernel although they have a decomposition too; ``silu_backward`` is one."""
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key
+    return frozenset(registered("CompositeImplicitAutograd")) & frozenset(registered("CPU"))
+
+
+def _claim_kernels() -> None:
+    """Keep those operators whole: autograd decomposes them for a backend that has registered no kernel of its own."""
+
+    def unreachable(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the fake mode answers before any kernel of the virtual device")
+
+    library: Any = torch.library.Library("aten", "IMPL", DISPATCH_KEY)  # type: ignore[no-untyped-call]
+    _libraries.append(library)
+    for name in sorted(kernels_beside_decompositions()):
+        library.impl(name.removeprefix("aten::"), unreachable)
 
 
 def _apply(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from planner.allocator import AllocatorConfig, parse_conf
-from planner.errors import ModelError, PlannerError
+from planner.errors import ModelError, PlannerError, described
 from planner.processes import serve
 from planner.specs.document import parse_spec
 from planner.specs.model import Checkpointing, Compile, Precision, Variant
@@ -74,11 +74,8 @@ class Predictor:
             )
         except PlannerError:
             raise
-        except Exception as error:
-            text = str(error).strip().splitlines()
-            raise ModelError(
-                f"the training step raised {type(error).__name__}: {text[0] if text else '(no message)'}", field="model"
-            ) from error
+        except (Exception, SystemExit) as error:  # the border to the user's model: it can raise anything
+            raise ModelError(f"the training step raised {described(error)}", field="model") from error
 
 
 def main() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
 from planner.environment import allocator_conf, predicted_environment
+from planner.errors import ModelError
 from planner.gpus import Gpu
-from planner.processes import Child
+from planner.processes import Child, ChildDied, describe_exit
 from planner.specs.document import spec_document
 from planner.specs.model import Spec, Variant
 from planner.trials import Environment, Interval, Outcome, Peaks, Source, Trial
@@ -49,7 +51,13 @@ class VirtualRunner:
         started_at, start = datetime.now(UTC), time.monotonic()
         if self._child is None:
             self._child = self._start()
-        reply = self._child.request({"do": "trial", "batch_size": batch_size}, self._timeout_s)
+        try:
+            reply = self._child.request({"do": "trial", "batch_size": batch_size}, self._timeout_s)
+        except ChildDied as error:
+            if error.returncode == -signal.SIGKILL:  # the kernel's, when the machine's memory runs out
+                raise
+            message = f"the model ended the process that it ran in, which {describe_exit(error.returncode)}"
+            raise ModelError(message, field="model") from error
         return self._trial(batch_size, reply, started_at, time.monotonic() - start)
 
     def _start(self) -> Child:

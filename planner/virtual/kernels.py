@@ -140,6 +140,21 @@ def _staging(tensor: torch.Tensor, dims: tuple[int, ...], architecture: Architec
         yield "temporary", Formula(size, numbers)
 
 
+@_rule(
+    "native_layer_norm", "native_layer_norm_backward", "_softmax", "_softmax_backward_data", "_log_softmax",
+    "_log_softmax_backward_data", "native_group_norm", "native_group_norm_backward",
+)  # fmt: skip
+def _contiguous_inputs(call: Call, _: Architecture) -> Iterator[Step]:
+    """Kernels that first copy an input which is not contiguous (``expect_contiguous``): recorded trace of whisper.
+
+    aten/src/ATen/native/cuda/layer_norm_kernel.cu, SoftMax.cu, group_norm_kernel.cu.
+    """
+    for item in call.args[:2]:
+        if isinstance(item, torch.Tensor) and not item.is_contiguous():
+            yield "temporary", _bytes(item)
+    yield from _outputs(call)
+
+
 @_rule("embedding")
 def _embedding(call: Call, _: Architecture) -> Iterator[Step]:
     """``index_select`` on indices flattened by a copy where they are not contiguous
@@ -199,11 +214,15 @@ def _cudnn_attention(call: Call, _: Architecture) -> Iterator[Step]:
 
 @_rule("_scaled_dot_product_cudnn_attention_backward")
 def _cudnn_attention_backward(call: Call, _: Architecture) -> Iterator[Step]:
-    """Queries' gradient and the rows' sums in float32, in one workspace: recorded traces of bert-large, gpt2 and
-    vit-large."""
+    """Queries' gradient and rows' sums in float32, in one workspace: traces of bert-large, gpt2 and vit-large.
+
+    Where heads are grouped, also the gradients of keys and values for each head of the queries: trace of qwen2.
+    """
     yield from _outputs(call)
-    batch, heads, length, head_dim = call.args[1].shape
-    yield "temporary", 4 * batch * heads * length * (head_dim + 1) + 256
+    query, key = call.args[1], call.args[2]
+    batch, heads, length, head_dim = query.shape
+    expanded = 2 * batch * heads * key.shape[2] * head_dim * key.element_size() if key.shape[1] != heads else 0
+    yield "temporary", 4 * batch * heads * length * (head_dim + 1) + expanded + 256
 
 
 @_rule("_scaled_dot_product_flash_attention")
@@ -232,30 +251,54 @@ def _flash_attention_backward(call: Call, _: Architecture) -> Iterator[Step]:
 
 @_rule("convolution")
 def _convolution(call: Call, architecture: Architecture) -> Iterator[Step]:
-    """The result, then cuDNN's workspace (recorded trace of resnet50)."""
+    """Copies of what is not contiguous, the result, then cuDNN's workspace (recorded trace of resnet50)."""
+    inputs, weight, transposed = call.args[0], call.args[1], bool(call.args[6])
+    last = _runs_channels_last(inputs, weight)
+    yield from _copy(inputs, last)
+    yield from _copy(weight, last)
     yield from _outputs(call)
-    transposed = bool(call.args[6])
-    yield from _workspace_of(
-        "dgrad" if transposed else "forward", call.args[0], call.args[1], call.args[3:9], architecture
-    )
+    yield from _workspace_of("dgrad" if transposed else "forward", inputs, weight, call.args[3:9], architecture)
 
 
 @_rule("convolution_backward")
 def _convolution_backward(call: Call, architecture: Architecture) -> Iterator[Step]:
-    """The input's gradient and its workspace, then the weights', then the bias's sum (recorded trace of resnet50)."""
+    """The input's gradient and its workspace, then the weights', then the bias's sum: traces of resnet50 and a U-Net.
+
+    ``cudnn_convolution_backward_input`` and ``_weight`` in aten/src/ATen/native/cudnn/ConvShared.cpp: each makes
+    contiguous what it reads.
+    """
     grad, inputs, weight, _, stride, padding, dilation, transposed, output_padding, groups, mask = call.args
     options = (stride, padding, dilation, transposed, output_padding, groups)
     outputs = iter(range(len(call.sizes)))
+    last = _runs_channels_last(inputs, weight)
+    yield from _copy(grad, last)
     if mask[0]:
         yield "output", next(outputs)
+        copied = list(_copy(weight, last))
+        yield from copied
         yield from _workspace_of("forward" if transposed else "dgrad", inputs, weight, options, architecture)
+        yield from [("free", 0)] * len(copied)
     if mask[1]:
         yield "output", next(outputs)
+        copied = list(_copy(inputs, last))
+        yield from copied
         yield from _workspace_of("wgrad", inputs, weight, options, architecture)
+        yield from [("free", 0)] * len(copied)
     for index in outputs:
         yield "output", index
     if mask[2]:
         yield from _staging(grad, (0, *range(2, grad.dim())), architecture)
+
+
+def _runs_channels_last(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """``cudnn_conv_suggest_memory_format`` in aten/src/ATen/native/ConvUtils.h."""
+    return inputs.dim() == 4 and (_is_channels_last(inputs) or _is_channels_last(weight))
+
+
+def _copy(tensor: torch.Tensor, channels_last: bool) -> Iterator[Step]:
+    wanted = torch.channels_last if channels_last and tensor.dim() == 4 else torch.contiguous_format
+    if not tensor.is_contiguous(memory_format=wanted):
+        yield "temporary", _bytes(tensor)
 
 
 def _workspace_of(
@@ -282,7 +325,7 @@ def _workspace_of(
         "direction": direction, "dtype": str(inputs.dtype)[6:], "c": c, "k": k, "groups": groups,
         "kernel": tuple(weight.shape[2:]), "stride": stride, "padding": padding, "dilation": dilation,
         "input_size": size,
-        "channels_last": inputs.dim() == 4 and _is_channels_last(inputs) | _is_channels_last(weight),
+        "channels_last": _runs_channels_last(inputs, weight),
         "compute_capability": architecture.compute_capability,
     }  # fmt: skip
 

@@ -6,6 +6,7 @@ import functools
 import sys
 import threading
 import weakref
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from planner.errors import ModelError
 from planner.virtual import values
-from planner.virtual.backend import NAME
+from planner.virtual.backend import NAME, kernels_beside_decompositions
 from planner.virtual.indices import check_indices
 from planner.virtual.kernels import Call, Kernels, is_modelled
 from planner.virtual.trace import Doubt, Formula, Trace
@@ -24,9 +25,8 @@ aten = torch.ops.aten
 # What a gradient that only the engine's buffer holds counts here, seen from inside a dispatch mode.
 _ENGINE_TENSOR_REFERENCES, _ENGINE_STORAGE_REFERENCES = 4, 2
 _GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)
-_ENGINE_FRAMES = (
-    3  # this method, __torch_dispatch__ and torch's two wrappers around it: nothing else when the engine calls
-)
+_WRAPPERS = {"torch._compile", "torch._dynamo.eval_frame", "torch.utils._python_dispatch", __name__}
+"""Modules whose frames stand between the engine and ``Recorder.__torch_dispatch__``: torch wraps each dispatch."""
 _ZERO = {torch.bool: False, torch.int64: 0, torch.int32: 0, torch.uint8: 0}
 _READS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
 
@@ -45,10 +45,16 @@ def _grouped_mm(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
 
 @functools.cache
 def _is_composite(func: Any) -> bool:
+    """Whether CUDA runs ``func`` as its parts; ``silu_backward`` has a decomposition too, but a kernel before it."""
+
+    def has_kernel(key: str) -> bool:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
+
     return (
         func.namespace == "aten"
         and func not in _READS
-        and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        and has_kernel("CompositeImplicitAutograd")
+        and func.name() not in kernels_beside_decompositions()
     )
 
 
@@ -88,6 +94,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Initialising weights on the CPU, or a norm that Adafactor scales by: the value costs no memory.
             return _ZERO.get(args[0].dtype, 0.0)
         if func is aten.add.Tensor and self._accumulates_in_place(args):
+            return args[0]
+        if func is aten.index_put.default and self._is_engine():
+            # ``index_backward`` (torch/csrc/autograd/FunctionsManual.cpp) writes into its zeros, though not into a
+            # subclass's.
+            self._record(func, args, kwargs, args[0])
             return args[0]
         check_indices(func, args)
         real = values.compute_values(func, args, kwargs)
@@ -153,20 +164,28 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether this addition is the engine's, summing two gradients of one tensor, and CUDA would do it in place.
 
         ``InputBuffer::accumulate`` (torch/csrc/autograd/input_buffer.cpp) adds in place when nobody else holds the
-        first gradient; it never does so for subclasses, which fake tensors are. The engine calls from its own thread
-        with no Python below.
+        first gradient; it never does so for subclasses, which fake tensors are.
         """
-        if threading.get_ident() == self._main or torch.is_grad_enabled() or len(args) != 2:
+        if len(args) != 2 or not self._is_engine():
             return False
         first, second = args
         if not isinstance(second, torch.Tensor) or first.shape != second.shape or first.dtype is not second.dtype:
-            return False
-        if sys._getframe(_ENGINE_FRAMES).f_back is not None:
             return False
         return (
             first._use_count() <= _ENGINE_TENSOR_REFERENCES
             and torch._C._storage_Use_Count(first.untyped_storage()._cdata) <= _ENGINE_STORAGE_REFERENCES
         )
+
+    def _is_engine(self) -> bool:
+        """Whether the autograd engine itself asked: from its own thread, with no Python below but the dispatch's own."""
+        if threading.get_ident() == self._main or torch.is_grad_enabled():
+            return False
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_globals.get("__name__") not in _WRAPPERS:
+                return False
+            frame = frame.f_back
+        return True
 
     def _thread(self) -> str:
         return "forward" if threading.get_ident() == self._main else "backward"
