@@ -114,6 +114,23 @@ def error_from_dict(data: dict[str, Any]) -> PlannerError:
     return kind(str(data.get("message", "")), field=data.get("field"), suggestion=data.get("suggestion"))
 
 
+MAX_QUOTED = 300
+"""Characters of another program's message that an error quotes: some print whole tensors."""
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, as part of a sentence: its first line, without control characters, not longer than a few
+    lines on a screen."""
+    lines = str(error).strip().splitlines()
+    text = "".join(letter if letter.isprintable() else " " for letter in lines[0][: MAX_QUOTED + 1]) if lines else ""
+    return (text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}...") or "(no message)"
+
+
+def described(error: BaseException) -> str:
+    """``KeyError: 'x'``: the type of ``error`` and its ``first_line``."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name that ``name`` was most likely meant to be, or ``None`` when nothing is close."""
     by_lower = {item.lower(): item for item in valid}

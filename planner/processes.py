@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-from planner.errors import PlannerError, error_from_dict
+from planner.errors import PlannerError, described, error_from_dict
 
 TAIL_BYTES = 32 * 1024
 """How much of a child's output is kept: enough for a long traceback."""
@@ -306,5 +306,4 @@ def answer(handlers: Mapping[str, Callable[..., Mapping[str, Any]]], message: di
     except PlannerError as error:
         return {"error": {**error.as_dict(), "trace": traceback.format_exc()}}
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a defect or the user's sys.exit() must reach the parent
-        message_text = f"{type(error).__name__}: {error}"
-        return {"error": {"code": InternalError.code, "message": message_text, "trace": traceback.format_exc()}}
+        return {"error": {"code": InternalError.code, "message": described(error), "trace": traceback.format_exc()}}

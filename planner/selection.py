@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from planner.allocator.config import SMALL_SEGMENT_BYTES
 from planner.devices import Device
 from planner.errors import InvalidArgument
 from planner.gpus import Gpu, default_capacity_bytes, find_gpu
 from planner.local_gpus import LocalGpu, local_gpus
-from planner.units import format_bytes
+from planner.units import GIB, format_bytes
 
 DEFAULT_GPU = "h200"
 """The type that a prediction is for when no type was named and no GPU is here. A note says so."""
@@ -86,7 +87,8 @@ def choose(name: str | None, capacity_bytes: int | None, predicted_only: bool, h
 def usable_capacity(gpu: Gpu, capacity_bytes: int | None, *, real: bool) -> tuple[int, tuple[str, ...]]:
     """The capacity that a question about ``gpu`` is answered for, and what must be said about it.
 
-    ``None`` = all that the type leaves. Raises ``InvalidArgument`` (``capacity``) for more than the card has.
+    ``None`` = all that the type leaves. Raises ``InvalidArgument`` (``capacity``) for more than the card has, and for
+    less than torch reserves for the first byte.
     """
     most = default_capacity_bytes(gpu)
     capacity = most if capacity_bytes is None else capacity_bytes
@@ -94,6 +96,15 @@ def usable_capacity(gpu: Gpu, capacity_bytes: int | None, *, real: bool) -> tupl
         raise InvalidArgument(
             f"{format_bytes(capacity)} is more than the {format_bytes(gpu.total_bytes)} of one {gpu.name}",
             field="capacity",
+        )
+    if capacity < SMALL_SEGMENT_BYTES:
+        # Most likely a number whose unit was left out: 16 for 16GiB.
+        meant = f"{capacity}GiB" if capacity * GIB <= gpu.total_bytes else None
+        raise InvalidArgument(
+            f"{format_bytes(capacity)} is less than the {format_bytes(SMALL_SEGMENT_BYTES)} of the smallest segment "
+            "that torch reserves",
+            field="capacity",
+            suggestion=meant,
         )
     if capacity > most and not real:
         # A real card refuses what its context has taken; the virtual one must not promise it.

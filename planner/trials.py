@@ -12,6 +12,9 @@ from typing import Any
 
 from planner.specs.model import Variant
 
+MAX_BATCH_SIZE = 2**31 - 1
+"""The largest that anyone may ask about: every count and every size that follows from it stays a 64-bit integer."""
+
 
 class Outcome(StrEnum):
     """How one trial ended."""

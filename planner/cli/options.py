@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from planner.errors import InvalidArgument, nearest
+from planner.trials import MAX_BATCH_SIZE
 
 SpecFile = Annotated[
     Path, typer.Argument(metavar="SPEC", help="What to train: a YAML, JSON or TOML file.", show_default=False)
@@ -49,9 +50,11 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def check_batch_size(batch_size: int | None) -> None:
-    """Raises ``InvalidArgument`` for a batch size below 1."""
+    """Raises ``InvalidArgument`` for a batch size below 1 or beyond ``MAX_BATCH_SIZE``."""
     if batch_size is not None and batch_size < 1:
         raise InvalidArgument(f"must be at least 1, not {batch_size}", field="batch_size")
+    if batch_size is not None and batch_size > MAX_BATCH_SIZE:
+        raise InvalidArgument(f"must be at most {MAX_BATCH_SIZE}, not {batch_size:.3g}", field="batch_size")
 
 
 def one_of(kind: type[StrEnum], value: str | None, field: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from planner.errors import DeviceLost, DeviceUnavailable, ModelError, PlannerError
+from planner.errors import DeviceLost, DeviceUnavailable, ModelError, PlannerError, described, first_line
 from planner.runtime.card import Card
 from planner.specs.model import Checkpointing, Compile, Precision, Spec, Variant
 from planner.training import Training
@@ -83,7 +83,7 @@ def _limit(capacity_bytes: int) -> torch.device:
         torch.zeros(1, device=device)  # the context exists from the first tensor on
         torch.cuda.synchronize(device)
     except (RuntimeError, AssertionError) as error:
-        raise DeviceUnavailable(f"torch cannot use this GPU: {_first_line(error)}") from error
+        raise DeviceUnavailable(f"torch cannot use this GPU: {first_line(error)}") from error
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return device
@@ -127,14 +127,9 @@ def _judge(error: BaseException) -> tuple[Outcome, str]:
     if is_out_of_memory(error):
         return Outcome.OOM, str(error)
     if is_gpu_lost(error):
-        raise DeviceLost(f"the GPU vanished during a trial: {_first_line(error)}") from error
+        raise DeviceLost(f"the GPU vanished during a trial: {first_line(error)}") from error
     if isinstance(error, PlannerError):
         raise error
     if is_gpu_fault(error) or isinstance(error, MemoryError):
-        return Outcome.FAILED, f"{type(error).__name__}: {_first_line(error)}"
-    raise ModelError(f"the training step raised {type(error).__name__}: {_first_line(error)}", field="model") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "(no message)"
+        return Outcome.FAILED, described(error)
+    raise ModelError(f"the training step raised {described(error)}", field="model") from error

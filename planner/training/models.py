@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from planner.errors import InvalidSpec, ModelError, PlannerError, nearest
+from planner.errors import InvalidSpec, ModelError, PlannerError, described, first_line, nearest
 from planner.specs.model import ModelSource, ModelSpec, Spec
 from planner.specs.tasks import AUTO_CLASSES
 from planner.training.data import num_classes
@@ -92,8 +92,8 @@ def _built(name: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         return build()
     except PlannerError:
         raise
-    except Exception as error:
-        message = f"{name} could not be built: {type(error).__name__}: {_first_line(error)}"
+    except (Exception, SystemExit) as error:  # the border to the user's code, which may even exit
+        message = f"{name} could not be built: {described(error)}"
         raise ModelError(message, field="model") from error
 
 
@@ -121,11 +121,6 @@ def _parameters(target: Any) -> set[str]:
     """Names of the keyword arguments of a function or class."""
     parameters = inspect.signature(target).parameters.values() if callable(target) else ()
     return {item.name for item in parameters if item.kind in (item.KEYWORD_ONLY, item.POSITIONAL_OR_KEYWORD)}
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else "(no message)"
 
 
 def _transformers(model: ModelSpec) -> torch.nn.Module:
@@ -165,13 +160,27 @@ def transformers_config(model: ModelSpec) -> Any:
         defaults = config_class()
     except Exception as error:
         raise ModelError(
-            f"{model.name!r} has no default config: {_first_line(error)}", field="model.model_type"
+            f"{model.name!r} has no default config: {first_line(error)}", field="model.model_type"
         ) from error
     _check_config(defaults, model.config, "model.config")
     try:
         return config_class(**model.arguments())
     except Exception as error:
-        raise InvalidSpec(f"the config was refused: {_first_line(error)}", field="model.config") from error
+        raise _refused_config(error) from error
+
+
+_REFUSED_FIELD = re.compile(r"Validation error for field '(\w+)':\s*(?:\w+: )?(.*)")
+
+
+def _refused_config(error: Exception) -> InvalidSpec:
+    """What transformers says of a value of the wrong type names its field in the first line and why in the second."""
+    refused = _REFUSED_FIELD.match(str(error))
+    if refused is None:
+        return InvalidSpec(f"the config was refused: {first_line(error)}", field="model.config")
+    return InvalidSpec(f"was refused: {first_line(ValueError(refused[2]))}", field=f"model.config.{refused[1]}")
+
+
+_COUNTS = re.compile(r"^(n|num)_|_(size|dim|layers|heads)$")
 
 
 def _check_config(defaults: Any, overrides: Mapping[str, Any], field: str) -> None:
@@ -179,6 +188,9 @@ def _check_config(defaults: Any, overrides: Mapping[str, Any], field: str) -> No
     for key, value in overrides.items():
         if key not in known:
             raise InvalidSpec("unknown key", field=f"{field}.{key}", suggestion=nearest(key, known))
+        if _COUNTS.search(key) and isinstance(value, int) and value < 0:
+            # Python builds no layer for range(-1) and says nothing.
+            raise InvalidSpec(f"must be at least 0, not {value}", field=f"{field}.{key}")
         nested = getattr(defaults, key, None)
         if isinstance(value, Mapping) and hasattr(nested, "to_dict"):
             _check_config(nested, value, f"{field}.{key}")

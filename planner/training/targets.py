@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from planner.errors import ModelError, nearest
+from planner.errors import ModelError, described, nearest
 
 
 def import_target(target: str, *, field: str) -> Any:
@@ -19,7 +19,7 @@ def import_target(target: str, *, field: str) -> Any:
         why = f"there is no module {missing!r}" if named else f"it imports {missing!r}, which is not installed"
         raise ModelError(f"{target!r} cannot be imported: {why}", field=field) from error
     except (Exception, SystemExit) as error:  # the border to user code: a script without a main guard may even exit
-        raise ModelError(f"importing {module_name!r} raised {type(error).__name__}: {error}", field=field) from error
+        raise ModelError(f"importing {module_name!r} raised {described(error)}", field=field) from error
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
