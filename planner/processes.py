@@ -297,6 +297,11 @@ def serve(handlers: Mapping[str, Callable[..., Mapping[str, Any]]]) -> None:
     os._exit(0)
 
 
+def _trace() -> str:
+    """The traceback of what was just caught, its end where a message in it is huge."""
+    return traceback.format_exc()[-TAIL_BYTES:]
+
+
 def answer(handlers: Mapping[str, Callable[..., Mapping[str, Any]]], message: dict[str, Any]) -> dict[str, Any]:
     """The reply to one request: what the handler returned as ``ok``, or its error."""
     try:
@@ -304,6 +309,6 @@ def answer(handlers: Mapping[str, Callable[..., Mapping[str, Any]]], message: di
         json.dumps(body)  # what cannot be sent is this handler's error
         return {"ok": body}
     except PlannerError as error:
-        return {"error": {**error.as_dict(), "trace": traceback.format_exc()}}
+        return {"error": {**error.as_dict(), "trace": _trace()}}
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a defect or the user's sys.exit() must reach the parent
-        return {"error": {"code": InternalError.code, "message": described(error), "trace": traceback.format_exc()}}
+        return {"error": {"code": InternalError.code, "message": described(error), "trace": _trace()}}
