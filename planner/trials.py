@@ -80,7 +80,8 @@ class Trial:
     fresh_process: bool = False
     """Run in a process whose GPU had been used for nothing else."""
     reserved_interval: Interval | None = None
-    """Predictions only: where the true peak of reserved bytes is expected."""
+    """Predictions only: the smallest capacity that the trial is expected to run under; between the peaks of allocated
+    and of reserved bytes, since the allocator gives cached memory back before it refuses."""
     error: str | None = None
     """Why the trial failed, or the allocator's own words on OOM."""
     details: Mapping[str, Any] = field(default_factory=dict)

@@ -39,7 +39,7 @@ def test_intervals_that_rest_on_the_same_say_so_once() -> None:
         return {**plan(precision, 8, None), "reserved_interval": interval}
 
     assert intervals([expected("fp32", "why"), expected("bf16", "else"), expected("tf32", "why"), {}]) == [
-        "Reserved bytes expected:",
+        "Capacity needed (may reserve more where there is more):",
         "  fp32: 1.00 GiB to 3.00 GiB",
         "  tf32: 1.00 GiB to 3.00 GiB",
         "  why",

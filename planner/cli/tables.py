@@ -47,7 +47,7 @@ def plans_table(console: Console, plans: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def intervals(plans: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where the reserved bytes of predictions are expected, and after the ranges what they rest on."""
+    """The smallest capacity that each prediction is expected to run under, and after the ranges what they rest on."""
     lines: dict[str, list[str]] = {}
     for plan in plans:
         if interval := plan.get("reserved_interval"):
@@ -55,7 +55,7 @@ def intervals(plans: Sequence[Mapping[str, Any]]) -> list[str]:
             label = wording.variant_label(plan["variant"])
             lines.setdefault(str(interval["basis"]), []).append(f"  {label}: {low} to {high}")
     found = [line for basis, ranges in lines.items() for line in (*ranges, f"  {basis}")]
-    return ["Reserved bytes expected:", *found] if found else []
+    return ["Capacity needed (may reserve more where there is more):", *found] if found else []
 
 
 def remarks(plans: Sequence[Mapping[str, Any]]) -> list[str]:

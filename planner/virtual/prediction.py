@@ -23,7 +23,7 @@ class Accuracy:
 MEASURED_ACCURACY = Accuracy(
     relative=0.02,
     absolute_bytes=64 * MIB,
-    basis="2% and 64 MiB either side: wider than every error on the measured cases (docs/prediction.md)",
+    basis="2% and 64 MiB either side: every measured figure lay inside (docs/prediction.md)",
 )
 
 
