@@ -2,8 +2,9 @@
 
     python benchmarks/accuracy.py [CASE...] [--json FILE]
 
-Prints each point, then the median and worst errors, how many largest batch sizes were exact, and how many measured figures lay inside
-their interval. Run from the repository's root; needs torch, transformers, timm and torchvision, and no GPU.
+Prints each point, then the median and worst errors, how many largest batch sizes were exact, and how many measured
+figures lay inside their interval. Run from the repository's root; needs torch, transformers, timm and torchvision, and
+no GPU.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ TORCH_MEASURED = (2, 11)  # kernels are chosen as the torch of the measurements 
 
 
 def cases() -> list[dict[str, Any]]:
-    """``{case, spec path, variant, points: [(batch size, limit or None, measured)], bounds: [(limit, max, first oom)]}``."""
+    """``{case, spec path, variant, points: [(batch size, limit or None, measured)], bounds: [(limit, max, first
+    oom)]}``."""
     found = []
     for path in sorted((DATA / "truth").glob("*.json")):
         for name, measured in json.loads(path.read_text())["variants"].items():
             precision, _, checkpointed = name.partition("+")
-            found.append(
-                _case(path.stem, Path("examples") / f"{path.stem}.yaml", precision, "full" if checkpointed else "none", measured)
-            )
-    document = json.loads(gzip.open(DATA / "peaks.json.gz", "rt").read())
+            spec = Path("examples") / f"{path.stem}.yaml"
+            found.append(_case(path.stem, spec, precision, "full" if checkpointed else "none", measured))
+    document = json.loads(gzip.decompress((DATA / "peaks.json.gz").read_bytes()))
     for case in document["cases"]:
         variant = case["variant"]
         path = Path("measurements/specs") / f"{case['case']}.yaml"
@@ -54,8 +55,13 @@ def _case(name: str, path: Path, precision: str, checkpointing: str, measured: d
             if "alloc" in bound:
                 points.append((bound["max"], int(limit) << 30, bound))
     return {
-        "case": name, "path": str(path), "precision": precision, "checkpointing": checkpointing, "points": points, "bounds": bounds,
-    }  # fmt: skip
+        "case": name,
+        "path": str(path),
+        "precision": precision,
+        "checkpointing": checkpointing,
+        "points": points,
+        "bounds": bounds,
+    }
 
 
 def evaluate(case: dict[str, Any]) -> dict[str, Any]:
@@ -76,14 +82,18 @@ def evaluate(case: dict[str, Any]) -> dict[str, Any]:
     architecture = Architecture(compute_capability=(9, 0), num_sms=132, torch_version=TORCH_MEASURED)
     family = TraceFamily(lambda size: trace_steps(spec, variant, size, architecture))
     start = time.perf_counter()
+
+    def needed_bytes(size: int, limit: int) -> dict[str, Any]:
+        trial = predict_trial(
+            family, size, config=AllocatorConfig(), capacity_bytes=limit, device_total_bytes=TOTAL_BYTES
+        )
+        return dict(trial["needed"])
+
     rows = []
     for size, limit, measured in case["points"]:
         events = family.scaled(size).events
         result = replay(events, AllocatorConfig(), limit, device_total_bytes=TOTAL_BYTES)
-        trial = predict_trial(
-            family, size, config=AllocatorConfig(), capacity_bytes=limit or TOTAL_BYTES, device_total_bytes=TOTAL_BYTES
-        )
-        needed = trial["needed"]
+        needed = needed_bytes(size, limit or TOTAL_BYTES)
         rows.append(
             {
                 "batch_size": size,
@@ -98,19 +108,18 @@ def evaluate(case: dict[str, Any]) -> dict[str, Any]:
     bounds = []
     for limit, largest, first_oom in case["bounds"]:
         found = _largest(family, limit, largest)
-        low = predict_trial(family, largest, config=AllocatorConfig(), capacity_bytes=limit, device_total_bytes=TOTAL_BYTES) if largest else None
-        high = predict_trial(family, first_oom, config=AllocatorConfig(), capacity_bytes=limit, device_total_bytes=TOTAL_BYTES)
         bounds.append(
             {
                 "limit_bytes": limit,
                 "measured": largest,
                 "predicted": found,
                 # A verdict is wrong where the interval excludes what was measured.
-                "wrong_fits": high["needed"]["high_bytes"] <= limit,
-                "wrong_oom": low is not None and low["needed"]["low_bytes"] > limit,
+                "wrong_fits": needed_bytes(first_oom, limit)["high_bytes"] <= limit,
+                "wrong_oom": largest > 0 and needed_bytes(largest, limit)["low_bytes"] > limit,
             }
         )
-    return {"case": case["case"], "variant": variant.label(), "rows": rows, "bounds": bounds, "seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    return {"case": case["case"], "variant": variant.label(), "rows": rows, "bounds": bounds, "seconds": seconds}
 
 
 def _largest(family: Any, limit: int, start: int) -> int:
@@ -132,7 +141,8 @@ def _worker(case: dict[str, Any], pipe: Any) -> None:
     try:
         pipe.send(evaluate(case))
     except Exception as error:  # noqa: BLE001 - one case must not hide the others
-        pipe.send({"case": case["case"], "variant": case["precision"], "error": f"{type(error).__name__}: {error}"[:300]})
+        message = f"{type(error).__name__}: {error}"[:300]
+        pipe.send({"case": case["case"], "variant": case["precision"], "error": message})
     os._exit(0)  # torch's interpreter exit is not safe with a Python backend registered
 
 
@@ -160,12 +170,14 @@ def main() -> None:
         for row in result.get("rows", []):
             limit = f"{row['limit_bytes'] >> 30:3} GiB" if row["limit_bytes"] else "no limit"
             print(
-                f"  batch {row['batch_size']:4} {limit:8} allocated {row['allocated']:+9.3%} reserved {row['reserved']:+9.3%}"
+                f"  batch {row['batch_size']:4} {limit:8}"
+                f" allocated {row['allocated']:+9.3%} reserved {row['reserved']:+9.3%}"
                 f"  interval width {row['width']:6.1%} {'' if row['inside'] else 'OUTSIDE'}"
             )
         for bound in result.get("bounds", []):
             wrong = " WRONG FITS" * bound["wrong_fits"] + " WRONG OOM" * bound["wrong_oom"]
-            print(f"  largest under {bound['limit_bytes'] >> 30} GiB: measured {bound['measured']}, predicted {bound['predicted']}{wrong}")
+            sizes = f"measured {bound['measured']}, predicted {bound['predicted']}"
+            print(f"  largest under {bound['limit_bytes'] >> 30} GiB: {sizes}{wrong}")
         sys.stdout.flush()
     _summary(results)
     if options.json:
@@ -177,15 +189,24 @@ def _summary(results: list[dict[str, Any]]) -> None:
     bounds = [bound for result in results for bound in result.get("bounds", [])]
     if not rows:
         return
-    print(f"\n{len(results)} variants, {len(rows)} points, {sum('error' in result for result in results)} failed")
+    failed = sum("error" in result for result in results)
+    print(f"\n{len(results)} variants, {len(rows)} points, {failed} failed")
     for name in ("allocated", "reserved"):
         errors = sorted(abs(row[name]) for row in rows)
-        print(f"peak {name}: median {errors[len(errors) // 2]:.4%}, 95% {errors[int(len(errors) * 0.95)]:.3%}, worst {errors[-1]:.3%}")
+        print(
+            f"peak {name}: median {errors[len(errors) // 2]:.4%}, 95% {errors[int(len(errors) * 0.95)]:.3%}, "
+            f"worst {errors[-1]:.3%}"
+        )
     exact = sum(bound["measured"] == bound["predicted"] for bound in bounds)
     near = sum(abs(bound["measured"] - bound["predicted"]) <= max(1, bound["measured"] // 100) for bound in bounds)
     print(f"largest batch size: {exact} of {len(bounds)} exact, {near} within 1% or one sample")
-    print(f"interval: {sum(row['inside'] for row in rows)} of {len(rows)} inside; "
-          f"wrong 'fits' {sum(bound['wrong_fits'] for bound in bounds)}, wrong 'does not fit' {sum(bound['wrong_oom'] for bound in bounds)} of {len(bounds)}")  # fmt: skip
+    inside, fits, ooms = (
+        sum(item[name] for item in items)
+        for name, items in (("inside", rows), ("wrong_fits", bounds), ("wrong_oom", bounds))
+    )
+    print(
+        f"interval: {inside} of {len(rows)} inside; wrong 'fits' {fits}, wrong 'does not fit' {ooms} of {len(bounds)}"
+    )
 
 
 if __name__ == "__main__":

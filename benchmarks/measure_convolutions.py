@@ -2,9 +2,9 @@
 
     python benchmarks/measure_convolutions.py [--out FOLDER] [--seconds 400]     # FOLDER defaults to $OUT, else .
 
-Needs torch, torchvision, timm and transformers on a CUDA GPU. The shapes are those of real networks, at several batch sizes, dtypes and
-memory formats; the workspace is the peak of allocated bytes during the operator less its results. Writes
-``convolutions.json.gz``: ``{torch, cudnn, gpu, columns, rows}``.
+Needs torch, torchvision, timm and transformers on a CUDA GPU. The shapes are those of real networks, at several batch
+sizes, dtypes and memory formats; the workspace is the peak of allocated bytes during the operator less its results.
+Writes ``convolutions.json.gz``: ``{torch, cudnn, gpu, columns, rows}``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from typing import Any
 
 import torch
 
-COLUMNS = ["dtype", "channels_last", "n", "c", "k", "groups", "kernel", "stride", "padding", "dilation", "input", "forward", "dgrad", "wgrad"]  # fmt: skip
+COLUMNS = [
+    *("dtype", "channels_last", "n", "c", "k", "groups", "kernel", "stride", "padding", "dilation", "input"),
+    *("forward", "dgrad", "wgrad"),
+]
 IMAGE_MODELS = {
-    "resnet50": 224, "vgg16": 224, "densenet121": 224, "convnext_tiny": 224, "efficientnet_b0": 224, "mobilenet_v3_large": 224,
-    "resnext50_32x4d": 224, "inception_v3": 299, "squeezenet1_1": 224,
+    "resnet50": 224, "vgg16": 224, "densenet121": 224, "convnext_tiny": 224, "efficientnet_b0": 224,
+    "mobilenet_v3_large": 224, "resnext50_32x4d": 224, "inception_v3": 299, "squeezenet1_1": 224,
 }  # fmt: skip
 
 
@@ -159,7 +162,8 @@ def main() -> None:
             sizes = sorted(row[index] for row in rows if row[0] == dtype and row[index] >= 0)
             if sizes:
                 print(
-                    f"{dtype:10} {name:9} {sum(s == 0 for s in sizes):6} {sizes[len(sizes) // 2] / 2**20:11.1f} {sizes[-1] / 2**20:10.1f}"
+                    f"{dtype:10} {name:9} {sum(s == 0 for s in sizes):6} "
+                    f"{sizes[len(sizes) // 2] / 2**20:11.1f} {sizes[-1] / 2**20:10.1f}"
                 )
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/measure_peaks.py SPEC... [--out FOLDER] [--seconds 500]     # FOLDER defaults to $OUT, else .
 
-For each variant of each spec: the three peaks, allocation retries and step time at several batch sizes with no limit, and the largest batch
-size under a limit of 16 GiB with the first that ran out of memory; each trial in a fresh process, forked before CUDA was touched.
-And one recorded trace of allocator events at batch 4 (two steps). Writes ``peaks.json.gz``. Run from the repository's root.
+For each variant of each spec: the three peaks, allocation retries and step time at several batch sizes with no limit,
+and the largest batch size under a limit of 16 GiB with the first that ran out of memory; each trial in a fresh process,
+forked before CUDA was touched. And one recorded trace of allocator events at batch 4 (two steps). Writes
+``peaks.json.gz``. Run from the repository's root.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ def in_fork(task: Any) -> dict[str, Any]:
     return json.loads(text) if text else {"error": "the process died"}
 
 
-def trial(spec: Spec, variant: Variant, model: torch.nn.Module, batch_size: int, limit: int | None, trace: bool = False) -> dict[str, Any]:
+def trial(
+    spec: Spec, variant: Variant, model: torch.nn.Module, batch_size: int, limit: int | None, trace: bool = False
+) -> dict[str, Any]:
+    """Two or three training steps in this process: peaks, or recorded events where ``trace`` is asked for."""
     total = torch.cuda.get_device_properties(0).total_memory
     if trace:
         torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python", context=None)
@@ -69,9 +73,12 @@ def trial(spec: Spec, variant: Variant, model: torch.nn.Module, batch_size: int,
         times.append(time.perf_counter() - start)
     free, _ = torch.cuda.mem_get_info()
     result: dict[str, Any] = {
-        "alloc": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(), "device": total - free,
-        "retries": torch.cuda.memory_stats()["num_alloc_retries"], "step_s": min(times[1:]),
-    }  # fmt: skip
+        "alloc": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+        "device": total - free,
+        "retries": torch.cuda.memory_stats()["num_alloc_retries"],
+        "step_s": min(times[1:]),
+    }
     if trace:
         events = torch.cuda.memory._snapshot()["device_traces"][0]
         result["events"] = [[e["action"], e["addr"], e["size"], e["stream"]] for e in events]
@@ -79,7 +86,8 @@ def trial(spec: Spec, variant: Variant, model: torch.nn.Module, batch_size: int,
 
 
 def largest(spec: Spec, variant: Variant, model: torch.nn.Module, fits: int, deadline: float) -> dict[str, Any] | None:
-    """The largest batch size under the limit and the first that ran out, by doubling and bisection in fresh processes."""
+    """The largest batch size under the limit and the first that ran out, by doubling and bisection in fresh
+    processes."""
     low, high, best = 0, None, None
     size = max(1, fits)
     while time.monotonic() < deadline:
@@ -134,13 +142,21 @@ def main() -> None:
             cases.append({"case": path.stem, "variant": variant.as_dict(), **case})
             peaks, bound = case.get("peaks", {}), case.get("max_batch", {}).get("16")
             first = (case | peaks.get("1", {})).get("error", "").strip().splitlines()[-1:] or ""
-            print(f"{time.monotonic() - start:5.0f}s {path.stem:28} {variant.label():32} B4 {peaks.get('4', {}).get('alloc', 0) / 2**20:9.1f} MiB  16GiB: {bound and (bound.get('max'), bound.get('first_oom'))} {first}", flush=True)  # fmt: skip
+            sizes = bound and (bound.get("max"), bound.get("first_oom"))
+            allocated = peaks.get("4", {}).get("alloc", 0) / 2**20
+            print(
+                f"{time.monotonic() - start:5.0f}s {path.stem:28} {variant.label():32} "
+                f"B4 {allocated:9.1f} MiB  16GiB: {sizes} {first}",
+                flush=True,
+            )
             with gzip.open(options.out / "peaks.json.gz", "wt") as file:
                 json.dump(
                     {
-                        "torch": torch.__version__, "transformers": transformers.__version__,
-                        "command": "python benchmarks/measure_peaks.py measurements/specs/*.yaml", "cases": cases,
-                    },  # fmt: skip
+                        "torch": torch.__version__,
+                        "transformers": transformers.__version__,
+                        "command": "python benchmarks/measure_peaks.py measurements/specs/*.yaml",
+                        "cases": cases,
+                    },
                     file,
                 )
 

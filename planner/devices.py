@@ -10,14 +10,14 @@ from planner.trials import Environment, Trial
 
 
 class TrialRunner(Protocol):
-    """One variant of one spec, ready to be tried at any batch size. A context manager: closing it ends its processes."""
+    """One variant of one spec, ready for trials of any batch size; a context manager: closing ends its processes."""
 
     def run(self, batch_size: int, *, fresh: bool = False) -> Trial:
         """Run one trial. An OOM or a dead process is an outcome, not an exception.
 
         ``fresh`` asks for a process whose GPU was used for nothing else (a prediction ignores it).
-        Raises ``PlannerError`` only for what no other batch size would cure: a bad config key (``InvalidSpec``), a model
-        that raises (``ModelError``), a GPU that is gone (``DeviceLost``).
+        Raises ``PlannerError`` only for what no other batch size would cure: a bad config key (``InvalidSpec``), a
+        model that raises (``ModelError``), a GPU that is gone (``DeviceLost``).
         """
         ...
 

@@ -177,7 +177,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
     def _is_engine(self) -> bool:
-        """Whether the autograd engine itself asked: from its own thread, with no Python below but the dispatch's own."""
+        """Whether the autograd engine itself asked: from its own thread, with no Python below but torch's."""
         if threading.get_ident() == self._main or torch.is_grad_enabled():
             return False
         frame: FrameType | None = sys._getframe(1)
