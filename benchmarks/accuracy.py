@@ -85,7 +85,12 @@ def evaluate(case: dict[str, Any]) -> dict[str, Any]:
 
     def needed_bytes(size: int, limit: int) -> dict[str, Any]:
         trial = predict_trial(
-            family, size, config=AllocatorConfig(), capacity_bytes=limit, device_total_bytes=TOTAL_BYTES
+            family,
+            size,
+            config=AllocatorConfig(),
+            capacity_bytes=limit,
+            device_total_bytes=TOTAL_BYTES,
+            compute_capability=architecture.compute_capability,
         )
         return dict(trial["needed"])
 

@@ -9,10 +9,12 @@ from torch.nn import functional
 class Classifier(torch.nn.Module):
     """A linear classifier of 8 features that returns its loss."""
 
-    def __init__(self, classes: int = 4, branch: bool = False, unique: bool = False) -> None:
+    def __init__(self, classes: int = 4, branch: bool = False, unique: bool = False, masked: bool = False) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(8, classes)
-        self.branch, self.unique = branch, unique
+        self.branch, self.unique, self.masked = branch, unique, masked
+        if masked:
+            self.offset = torch.nn.Parameter(torch.zeros(classes))
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = self.linear(features)
@@ -20,6 +22,9 @@ class Classifier(torch.nn.Module):
             logits = logits * 2
         if self.unique:
             logits = logits + logits.detach().unique().numel()
+        if self.masked:  # writes where a known mask says: the gradient of what is written has the mask's count of rows
+            logits = logits.clone()
+            logits[labels > 0] = self.offset
         if labels.max().item() < 0:  # follows from random integers alone
             raise ValueError("negative labels")
         return functional.cross_entropy(logits, labels)

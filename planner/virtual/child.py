@@ -25,6 +25,7 @@ class Predictor:
         self._family: TraceFamily | None = None
         self._config = AllocatorConfig()
         self._capacity_bytes = self._device_total_bytes = 0
+        self._compute_capability = (0, 0)
 
     def open(
         self,
@@ -45,8 +46,9 @@ class Predictor:
 
         torch.set_num_threads(1)
         major, minor = torch.__version__.split(".")[:2]
+        self._compute_capability = (compute_capability[0], compute_capability[1])
         architecture = Architecture(
-            compute_capability=(compute_capability[0], compute_capability[1]),
+            compute_capability=self._compute_capability,
             num_sms=num_sms,
             torch_version=(int(major), int(minor)),
         )
@@ -71,6 +73,7 @@ class Predictor:
                 config=self._config,
                 capacity_bytes=self._capacity_bytes,
                 device_total_bytes=self._device_total_bytes,
+                compute_capability=self._compute_capability,
             )
         except PlannerError:
             raise

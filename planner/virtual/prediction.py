@@ -26,9 +26,22 @@ MEASURED_ACCURACY = Accuracy(
     basis="2% and 64 MiB either side: every measured figure lay inside (docs/prediction.md)",
 )
 
+RULES_ONLY = Accuracy(
+    relative=0.05,
+    absolute_bytes=128 * MIB,
+    basis="5% and 128 MiB either side: this architecture was never measured, only sm_90 was (docs/prediction.md)",
+)
+MEASURED_ARCHITECTURE = (9, 0)
+
 
 def predict_trial(
-    family: TraceFamily, batch_size: int, *, config: AllocatorConfig, capacity_bytes: int, device_total_bytes: int
+    family: TraceFamily,
+    batch_size: int,
+    *,
+    config: AllocatorConfig,
+    capacity_bytes: int,
+    device_total_bytes: int,
+    compute_capability: tuple[int, int],
 ) -> dict[str, Any]:
     """The outcome, peaks and needed bytes of ``batch_size`` under ``capacity_bytes``, as JSON data.
 
@@ -43,7 +56,7 @@ def predict_trial(
     limited = run(capacity_bytes)
     free = run(None)
     needed = _needed(run, free.peak_allocated_bytes, free.peak_reserved_bytes)
-    accuracy = MEASURED_ACCURACY
+    accuracy = MEASURED_ACCURACY if compute_capability == MEASURED_ARCHITECTURE else RULES_ONLY
     doubt = int(needed * accuracy.relative) + accuracy.absolute_bytes
     low_doubt = high_doubt = doubt
     basis = accuracy.basis

@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _ZERO.get(args[0].dtype, 0.0)
         if func is aten.add.Tensor and self._accumulates_in_place(args):
             return args[0]
-        if func is aten.index_put.default and self._is_engine():
+        if func is aten.index_put.default and len(args) > 3 and args[3] and self._is_engine():
             # ``index_backward`` (torch/csrc/autograd/FunctionsManual.cpp) writes into its zeros, though not into a
             # subclass's.
             self._record(func, args, kwargs, args[0])
@@ -107,11 +107,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             outputs = _grouped_mm(func, args, kwargs) if func is _GROUPED_MM else func(*args, **kwargs)
         except torch._subclasses.fake_tensor.DynamicOutputShapeException as error:
-            if real is values.UNKNOWN:
+            if real is not values.UNKNOWN:
+                outputs = torch.utils._pytree.tree_map(lambda item: torch.empty_like(item, device=args[0].device), real)
+            elif func is aten.index.Tensor and (listed := values.listed_indices(args[1])) is not None:
+                outputs = func(args[0], listed)
+            else:
                 raise ModelError(
                     f"the shape of {func}'s result depends on values that the virtual GPU does not have", field="model"
                 ) from error
-            outputs = torch.utils._pytree.tree_map(lambda item: torch.empty_like(item, device=args[0].device), real)
         values.adopt_constants(outputs)
         if real is not values.UNKNOWN:
             values.attach_values(outputs, real)

@@ -120,3 +120,22 @@ def attach_values(outputs: Any, values: Any) -> None:
     for fake, real in zip(tree_leaves(outputs), tree_leaves(values), strict=True):
         if isinstance(fake, FakeTensor) and isinstance(real, torch.Tensor) and real.numel() <= _LIMIT:
             set_value(fake, real)
+
+
+def listed_indices(indices: Any) -> list[Any] | None:
+    """``indices`` of an indexing, with masks replaced by the positions that they list; ``None`` if one is unknown.
+
+    To be called where no recorder is active: on CUDA the positions are temporaries of the operator.
+    """
+    listed: list[Any] = []
+    for item in indices:
+        if item is None or item.dtype is not torch.bool:
+            listed.append(item)
+            continue
+        known = value_of(item)
+        if known is None:
+            return None
+        with unset_fake_temporarily():
+            count = int(known.sum())
+        listed.extend(torch.empty(count, dtype=torch.int64, device=item.device) for _ in range(known.dim()))
+    return listed
