@@ -58,10 +58,9 @@ def predict_trial(
     needed = _needed(run, free.peak_allocated_bytes, free.peak_reserved_bytes)
     accuracy = MEASURED_ACCURACY if compute_capability == MEASURED_ARCHITECTURE else RULES_ONLY
     doubt = int(needed * accuracy.relative) + accuracy.absolute_bytes
-    low_doubt = high_doubt = doubt
     basis = accuracy.basis
     for operator, size, modelled in scaled.doubts:
-        low_doubt, high_doubt = low_doubt + size, high_doubt + size
+        doubt += size
         why = "its workspace is chosen by cuDNN" if modelled else "its temporary memory is not modelled"
         basis += f"; {operator}: {format_bytes(size)} either side, {why}"
     reply: dict[str, Any] = {
@@ -72,8 +71,8 @@ def predict_trial(
         "num_alloc_retries": limited.num_alloc_retries,
         "needed": {
             "bytes": needed,
-            "low_bytes": max(0, needed - low_doubt),
-            "high_bytes": needed + high_doubt,
+            "low_bytes": max(0, needed - doubt),
+            "high_bytes": needed + doubt,
             "basis": basis,
         },
         "traced": scaled.exact,
