@@ -12,16 +12,12 @@ from typing import Any
 import torch
 
 from planner.virtual.architecture import Architecture
-from planner.virtual.backend import DISPATCH_KEY
-
-Library: Any = torch.library.Library  # torch does not annotate it
-_libraries: list[Any] = []
+from planner.virtual.backend import DISPATCH_KEY, library
 
 
 def install(architecture: Architecture) -> None:
     """Register the operator for the ``vgpu`` backend as a GPU of ``architecture`` runs it."""
-    library: Any = Library("aten", "IMPL", "Autograd" + DISPATCH_KEY)
-    _libraries.append(library)
+    kernels = library("Autograd" + DISPATCH_KEY)
 
     def attend(
         query: torch.Tensor,
@@ -36,7 +32,7 @@ def install(architecture: Architecture) -> None:
     ) -> Any:
         return _attend(architecture, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
-    library.impl("scaled_dot_product_attention", attend)
+    kernels.impl("scaled_dot_product_attention", attend)
 
 
 def choose_kernel(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from planner.virtual.backend import DISPATCH_KEY, NAME
+from planner.virtual.backend import DISPATCH_KEY, NAME, library
 
 _KEY = "Autocast" + DISPATCH_KEY
 
@@ -34,8 +34,6 @@ FLOAT32_RESULT = "prod softmax log_softmax cumprod cumsum linalg_vector_norm lin
 PROMOTE = "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add".split()
 
 _LOW = (torch.float16, torch.bfloat16)
-Library: Any = torch.library.Library  # torch does not annotate it
-_libraries: list[Any] = []  # a Library undoes its registrations when it is collected
 
 
 class WeightCache:
@@ -89,10 +87,9 @@ def install() -> None:
         clear()
 
     torch.clear_autocast_cache = clear_both
-    fallthrough: Any = Library("_", "IMPL", _KEY)
+    fallthrough = library(_KEY, "_")
     fallthrough.fallback(torch.library.fallthrough_kernel)
-    library: Any = Library("aten", "IMPL", _KEY)
-    _libraries.extend((fallthrough, library))
+    kernels = library(_KEY)
     makers = {
         **dict.fromkeys(LOWER_PRECISION, _lower_precision),
         **dict.fromkeys(FLOAT32, _float32),
@@ -106,7 +103,7 @@ def install() -> None:
         for overload in packet.overloads() if packet is not None else ():
             operator = getattr(packet, overload)
             if operator.name().removesuffix(".default") in on_cuda:
-                library.impl(operator, make(operator, cache))
+                kernels.impl(operator, make(operator, cache))
 
 
 def _without_autocast() -> Any:

@@ -70,7 +70,17 @@ def install() -> torch.device:
     return torch.device(NAME, 0)
 
 
-_libraries: list[Any] = []  # a torch.library.Library undoes its registrations when it is collected
+_libraries: list[Any] = []
+
+
+def library(key: str, namespace: str = "aten") -> Any:
+    """A ``torch.library.Library`` for kernels under the dispatch key ``key``, kept for the life of the process.
+
+    One that is collected undoes its registrations.
+    """
+    opened: Any = torch.library.Library(namespace, "IMPL", key)  # type: ignore[no-untyped-call]
+    _libraries.append(opened)
+    return opened
 
 
 @functools.cache
@@ -86,10 +96,9 @@ def _claim_kernels() -> None:
     def unreachable(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the fake mode answers before any kernel of the virtual device")
 
-    library: Any = torch.library.Library("aten", "IMPL", DISPATCH_KEY)  # type: ignore[no-untyped-call]
-    _libraries.append(library)
+    kernels = library(DISPATCH_KEY)
     for name in sorted(kernels_beside_decompositions()):
-        library.impl(name.removeprefix("aten::"), unreachable)
+        kernels.impl(name.removeprefix("aten::"), unreachable)
 
 
 def _apply(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:

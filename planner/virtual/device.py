@@ -102,7 +102,6 @@ class VirtualRunner:
                 "traced": reply["traced"],
                 "traced_batch_sizes": reply["traced_batch_sizes"],
                 "unmodelled": reply["unmodelled"],
-                "notes": reply["notes"],
             },
             duration_s=duration_s,
             started_at=started_at,

@@ -78,7 +78,6 @@ def predict_trial(
         "traced": scaled.exact,
         "traced_batch_sizes": list(family.traced_sizes),
         "unmodelled": sorted(operator for operator, _, modelled in scaled.doubts if not modelled),
-        "notes": list(scaled.trace.notes),
     }
     if limited.oom is not None:
         reply["error"] = str(limited.oom.error)

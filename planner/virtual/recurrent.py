@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 
-from planner.virtual.backend import DISPATCH_KEY, NAME
+from planner.virtual.backend import DISPATCH_KEY, NAME, library
 from planner.virtual.trace import Formula
 
-Library: Any = torch.library.Library  # torch does not annotate it
-_libraries: list[Any] = []
 _VALUES_PER_STATE = 24
 """How many values of one hidden state the two ways of running may differ by: four gates, the cell and the output, kept
 and in work, twice."""
@@ -25,11 +23,10 @@ and in work, twice."""
 def install(doubt: Callable[[str, Formula], None]) -> None:
     """Route the recurrent operators of the ``vgpu`` backend through ``doubt(operator, bytes that it may be off
     by)``."""
-    library: Any = Library("aten", "IMPL", "Autograd" + DISPATCH_KEY)
-    _libraries.append(library)
+    kernels = library("Autograd" + DISPATCH_KEY)
     for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         operator = getattr(torch.ops.aten, name).input
-        library.impl(operator, _doubted(name, operator, doubt))
+        kernels.impl(operator, _doubted(name, operator, doubt))
 
 
 def _doubted(name: str, operator: Any, doubt: Callable[[str, Formula], None]) -> Any:

@@ -60,8 +60,6 @@ class Trace:
     """``(index into events, name)``: where a phase begins."""
     doubts: list[Doubt] = field(default_factory=list)
     """Where what a kernel allocates is not known exactly, in the order of the calls."""
-    notes: list[str] = field(default_factory=list)
-    """Assumptions that a reader of the figures must know."""
 
     def allocate(self, size: int | Formula, operator: str) -> int:
         """A new block of ``size`` bytes; returns its number."""
