@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -136,3 +137,17 @@ def test_flash_attention_backward_takes_the_queries_gradient_in_float32() -> Non
 
 def test_the_mask_of_dropout_is_made_first() -> None:
     assert _steps(HOPPER, aten.native_dropout, (_meta(8), 0.1, True), 16, 8) == [("output", 1), ("output", 0)]
+
+
+@pytest.mark.parametrize(
+    ("packet", "args"),
+    [
+        (aten.sum, (_meta(4096, 768), (0,))),
+        (aten.embedding_dense_backward, (_meta(4096, 64), _meta(4096, dtype=torch.int64), 50_257, -1, False)),
+        (aten.convolution, (_meta(4, 3, 32, 32), _meta(8, 3, 3, 3), None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)),
+    ],
+)
+def test_a_formula_gives_the_same_bytes_in_another_process(packet: Any, args: Any) -> None:
+    steps = list(Kernels(HOPPER).layout(Call(packet, args, {}, [1]), "forward"))
+    assert any(isinstance(value, Formula) for _, value in steps)
+    assert _sized(pickle.loads(pickle.dumps(steps))) == _sized(steps)

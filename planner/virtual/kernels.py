@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from planner.virtual.architecture import Architecture
-from planner.virtual.convolutions import ELEMENT_BYTES, Direction, Workspace, workspace_bytes
+from planner.virtual.convolutions import ELEMENT_BYTES, Direction, workspace_bytes
 from planner.virtual.reductions import Loop, reduction_loops, semaphore_bytes, staging_buffer_bytes
 from planner.virtual.trace import Formula
 
@@ -131,13 +132,22 @@ def _staging(tensor: torch.Tensor, dims: tuple[int, ...], architecture: Architec
     accumulator = max(4, tensor.element_size())
     reduced = tuple(flag for _, _, flag in loops)
     numbers = tuple(number for size, stride, _ in loops for number in (size, stride))
+    device = (architecture.num_sms, architecture.threads_per_sm)
     for size_of in (staging_buffer_bytes, semaphore_bytes):
+        yield "temporary", Formula(partial(_of_loops, size_of, accumulator, *device, reduced), numbers)
 
-        def size(*flat: int, size_of: Callable[..., int] = size_of) -> int:
-            found: list[Loop] = list(zip(flat[::2], flat[1::2], reduced, strict=True))
-            return size_of(accumulator, architecture.num_sms, architecture.threads_per_sm, found)
 
-        yield "temporary", Formula(size, numbers)
+def _of_loops(
+    size_of: Callable[..., int],
+    accumulator: int,
+    num_sms: int,
+    threads_per_sm: int,
+    reduced: tuple[bool, ...],
+    *numbers: int,
+) -> int:
+    """``size_of`` the loops whose sizes and strides ``numbers`` lists in turn."""
+    loops: list[Loop] = list(zip(numbers[::2], numbers[1::2], reduced, strict=True))
+    return size_of(accumulator, num_sms, threads_per_sm, loops)
 
 
 @_rule(
@@ -177,29 +187,33 @@ def _embedding_backward(call: Call, _: Architecture) -> Iterator[Step]:
         yield "temporary", _bytes(indices)
     count, width, rows = indices.numel(), grad.shape[-1], int(num_weights)
 
-    def sorting(size: Callable[[int], int]) -> Step:
-        return "temporary", Formula(lambda number: size(number) if number > 3072 else 0, (count,))
+    def sorting(size: Callable[..., int], *constants: int) -> Step:
+        return "temporary", Formula(partial(_while_sorting, size, *constants), (count,))
 
-    def partial(number: int) -> int:
-        return number // 10 + min(number, rows)
-
-    yield sorting(lambda number: 8 * number)  # sorted indices
-    yield sorting(lambda number: 8 * number)  # where each came from
-    yield sorting(lambda number: 8 * number)
-    yield sorting(lambda number: 8 * number + 50_687)  # cub's radix sort
+    yield sorting(_linear, 8, 0)  # sorted indices
+    yield sorting(_linear, 8, 0)  # where each came from
+    yield sorting(_linear, 8, 0)
+    yield sorting(_linear, 8, 50_687)  # cub's radix sort
     yield "free", 0
     yield "free", 0
     yield from _outputs(call)
-    for size in (
-        lambda number: 8 * number,
-        lambda _: 8,
-        lambda number: 8 * number,
-        lambda number: 8 * number,
-        lambda _: 8,
-    ):
-        yield sorting(size)
-    yield sorting(lambda number: 8 * partial(number))
-    yield sorting(lambda number: 4 * partial(number) * width)
+    for slope, intercept in ((8, 0), (0, 8), (8, 0), (8, 0), (0, 8)):
+        yield sorting(_linear, slope, intercept)
+    yield sorting(_partial_sums, rows, 8)
+    yield sorting(_partial_sums, rows, 4 * width)
+
+
+def _while_sorting(size: Callable[..., int], *numbers: int) -> int:
+    """``size(*numbers)``, the last of which is how many indices there are, where so many are sorted."""
+    return size(*numbers) if numbers[-1] > 3072 else 0
+
+
+def _linear(slope: int, intercept: int, number: int) -> int:
+    return slope * number + intercept
+
+
+def _partial_sums(rows: int, bytes_each: int, number: int) -> int:
+    return bytes_each * (number // 10 + min(number, rows))
 
 
 @_rule("_scaled_dot_product_cudnn_attention")
@@ -329,16 +343,19 @@ def _workspace_of(
         "compute_capability": architecture.compute_capability,
     }  # fmt: skip
 
-    def workspace(n: int) -> Workspace:  # outlives the call: it must hold no tensor, which would never be freed
-        return workspace_bytes(n=n, **layer)
-
     numbers = (inputs.shape[0],)
-    yield "workspace", Formula(lambda n: workspace(n).bytes, numbers)
+    yield "workspace", Formula(partial(_workspace_bytes, layer), numbers)
     yield "free", 0
-    yield (
-        "doubt",
-        Formula(lambda n: max(workspace(n).high - workspace(n).bytes, workspace(n).bytes - workspace(n).low), numbers),
-    )
+    yield "doubt", Formula(partial(_workspace_doubt_bytes, layer), numbers)
+
+
+def _workspace_bytes(layer: dict[str, Any], n: int) -> int:
+    return workspace_bytes(n=n, **layer).bytes
+
+
+def _workspace_doubt_bytes(layer: dict[str, Any], n: int) -> int:
+    workspace = workspace_bytes(n=n, **layer)
+    return max(workspace.high - workspace.bytes, workspace.bytes - workspace.low)
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ reserve and workspace.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,11 @@ def _doubted(name: str, operator: Any, doubt: Callable[[str, Formula], None]) ->
         weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
         per_step = _VALUES_PER_STATE * hidden * layers * inputs.element_size()
         if inputs.device.type == NAME:
-            doubt(name, Formula(lambda count: per_step * count + 2 * weight_bytes, (steps,)))
+            doubt(name, Formula(partial(_doubt_bytes, per_step, 2 * weight_bytes), (steps,)))
         return operator.decompose(inputs, *args)
 
     return run
+
+
+def _doubt_bytes(per_step: int, constant: int, steps: int) -> int:
+    return per_step * steps + constant

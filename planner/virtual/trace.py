@@ -15,6 +15,8 @@ class Formula:
     """
 
     function: Callable[..., int]
+    """Of a module, or a ``functools.partial`` of one: a trace is pickled on its way to the process that replays it. A
+    closure could not be, and would keep the tensors alive that it holds."""
     numbers: tuple[int, ...]
     """Dimensions and strides: each affine in the batch size."""
 
