@@ -22,7 +22,7 @@ from typing import Any
 sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "examples")]
 
 from planner.specs.document import load_spec
-from planner.specs.model import Checkpointing, Compile, Precision, Variant
+from planner.specs.variants import Checkpointing, Compile, Precision, Variant
 
 DATA = Path("measurements/h200")
 TOTAL_BYTES = 150_109_880_320

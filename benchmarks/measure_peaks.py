@@ -25,7 +25,8 @@ import torch
 sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "examples")]
 
 from planner.specs.document import load_spec
-from planner.specs.model import Spec, Variant
+from planner.specs.model import Spec
+from planner.specs.variants import Variant
 from planner.training import Training, build_model
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)

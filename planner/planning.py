@@ -7,10 +7,10 @@ its variant ends, so an interruption loses nothing: the next sweep reads back wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 from planner.devices import Device, TrialRunner
 from planner.errors import DeviceError, InvalidArgument, InvalidInput, InvalidSpec, PlannerError
@@ -25,7 +25,8 @@ from planner.progress import (
     VariantStarted,
 )
 from planner.search import Ask, Search, SearchResult
-from planner.specs.model import Checkpointing, Spec, Variant
+from planner.specs.model import Spec
+from planner.specs.variants import Checkpointing, Variant
 from planner.trials import Environment, Outcome, Plan, PlanStatus, Source, Trial
 
 
@@ -52,6 +53,7 @@ class PlanStore(Protocol):
         environment_key: str,
         capacity_bytes: int,
         batch_size: int | None = None,
+        question: Mapping[str, Any] | None = None,
     ) -> Plan | None: ...
 
     def find_trials(
@@ -176,6 +178,11 @@ class _VariantWork:
     """A batch size of another variant that predictions are made at too, so that the two can be compared."""
 
     @property
+    def question(self) -> Mapping[str, Any]:
+        """What the spec asks of a search; one batch size is a question of its own."""
+        return self.spec.question() if self.batch_size is None else {}
+
+    @property
     def is_measured(self) -> bool:
         return self.environment.source is Source.MEASURED
 
@@ -183,8 +190,9 @@ class _VariantWork:
         if self.store is None or self.fresh:
             return None
         plan = self.store.find_plan(
-            self.spec.hash, self.variant, self.environment.key(), self.device.capacity_bytes, self.batch_size
-        )
+            self.spec.hash, self.variant, self.environment.key(), self.device.capacity_bytes, self.batch_size,
+            self.question,
+        )  # fmt: skip
         # The label is the asker's: it is no part of what is trained.
         return plan and replace(plan, stored=True, spec_name=self.spec.name)
 
@@ -312,6 +320,7 @@ class _VariantWork:
             capacity_bytes=self.device.capacity_bytes,
             source=self.environment.source,
             batch_size=self.batch_size,
+            question=self.question,
             trials=tuple(self.trials),
             worker=self.worker,
             created_at=datetime.now(UTC),

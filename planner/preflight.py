@@ -14,7 +14,8 @@ from planner.gpus import Gpu, find_gpu
 from planner.planning import PlanStore, StoredTrial
 from planner.processes import ChildError
 from planner.selection import usable_capacity
-from planner.specs.model import Spec, Variant
+from planner.specs.model import Spec
+from planner.specs.variants import Variant
 from planner.trials import Environment, Outcome, Source, Trial
 from planner.units import format_bytes
 from planner.verdicts import VariantVerdict, Verdict, VerdictKind

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from planner.specs.model import Variant
+from planner.specs.variants import Variant
 from planner.trials import Plan, Trial
 
 

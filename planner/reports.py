@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from planner.gpus import Gpu, default_capacity_bytes
-from planner.specs.model import Checkpointing, Variant
+from planner.specs.variants import Checkpointing, Variant
 from planner.trials import Environment, Interval, Peaks, Plan, PlanStatus, Source, Trial
 from planner.units import format_bytes
 from planner.verdicts import VariantVerdict, Verdict

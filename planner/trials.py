@@ -10,10 +10,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from planner.specs.model import Variant
-
-MAX_BATCH_SIZE = 2**31 - 1
-"""The largest that anyone may ask about: every count and every size that follows from it stays a 64-bit integer."""
+from planner.specs.variants import Variant
 
 
 class Outcome(StrEnum):
@@ -176,6 +173,10 @@ class Plan:
     trials: tuple[Trial, ...] = ()
     error: Mapping[str, Any] | None = None
     """``PlannerError.as_dict()`` where ``status`` is not ``planned``."""
+    question: Mapping[str, Any] = field(default_factory=dict)
+    """``Spec.question()``: what was asked beyond the largest batch size."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Further answers as JSON data, by name (the explanation of the peak, the fastest batch size, ...)."""
     notes: tuple[str, ...] = ()
     """Sentences that a reader must see beside the figures (an unmodelled operator, a stated assumption, ...)."""
     worker: str | None = None

@@ -24,6 +24,10 @@ _FACTORS = {
 _SIZE = re.compile(r"^\s*(?P<number>[0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?P<unit>[a-zA-Z]*)\s*$")
 
 
+MAX_BATCH_SIZE = 2**31 - 1
+"""The largest that anyone may ask about: every count and every size that follows from it stays a 64-bit integer."""
+
+
 def parse_bytes(text: str | int, *, field: str = "capacity") -> int:
     """``"16GiB"`` -> 17179869184. A bare integer is a number of bytes. Raises ``InvalidArgument`` naming ``field``."""
     if isinstance(text, int) and not isinstance(text, bool):

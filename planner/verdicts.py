@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from planner.specs.model import Variant
+from planner.specs.variants import Variant
 from planner.trials import Interval, Peaks, Source
 
 

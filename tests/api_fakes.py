@@ -17,7 +17,8 @@ from planner.errors import ModelError
 from planner.gpus import find_gpu
 from planner.selection import Selected
 from planner.specs.document import parse_spec
-from planner.specs.model import Spec, Variant
+from planner.specs.model import Spec
+from planner.specs.variants import Variant
 from planner.store import Store
 from planner.trials import Environment, Interval, Outcome, Peaks, Plan, Source, Trial
 from planner.units import GIB, MIB

@@ -16,7 +16,8 @@ from planner.cli.parts import Parts
 from planner.errors import PlannerError
 from planner.gpus import default_capacity_bytes, find_gpu
 from planner.selection import Selected
-from planner.specs.model import Checkpointing, Precision, Spec, Variant
+from planner.specs.model import Spec
+from planner.specs.variants import Checkpointing, Precision, Variant
 from planner.trials import Environment, Outcome, Peaks, Source, Trial
 from planner.units import GIB, MIB
 

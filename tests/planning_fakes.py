@@ -5,19 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from planner.planning import PlanStore
-from planner.specs.model import (
-    Checkpointing,
-    DataKind,
-    DataSpec,
-    ModelSource,
-    ModelSpec,
-    OptimizerSpec,
-    Precision,
-    Spec,
-    TrainSpec,
-    Variant,
-    VariantAxes,
-)
+from planner.specs.model import DataKind, DataSpec, ModelSource, ModelSpec, OptimizerSpec, Spec, TrainSpec
+from planner.specs.variants import Checkpointing, Precision, Variant, VariantAxes
 from planner.trials import Environment, Interval, Outcome, Peaks, Plan, Source, Trial
 from planner.units import GIB, MIB
 
@@ -140,11 +129,12 @@ class MemoryStore:
     trials: list[tuple[str, Variant, StoredTrial]] = field(default_factory=list)
     log: list[tuple[str, object]] = field(default_factory=list)
 
-    def find_plan(self, spec_hash, variant, environment_key, capacity_bytes, batch_size=None):
+    def find_plan(self, spec_hash, variant, environment_key, capacity_bytes, batch_size=None, question=None):
         for plan in reversed(self.plans):
-            if (plan.spec_hash, plan.variant, plan.environment.key(), plan.capacity_bytes, plan.batch_size) == (
-                spec_hash, variant, environment_key, capacity_bytes, batch_size,
-            ) and plan.status == "planned":  # fmt: skip
+            asked = (spec_hash, variant, environment_key, capacity_bytes, batch_size, question or {})
+            environment, capacity = plan.environment.key(), plan.capacity_bytes
+            answers = (plan.spec_hash, plan.variant, environment, capacity, plan.batch_size, plan.question)
+            if answers == asked and plan.status == "planned":
                 return plan
         return None
 

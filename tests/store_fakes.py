@@ -10,20 +10,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from planner.jobs import JobKind, JobRequest
-from planner.specs.model import (
-    Checkpointing,
-    Compile,
-    DataKind,
-    DataSpec,
-    ModelSource,
-    ModelSpec,
-    OptimizerSpec,
-    Precision,
-    Spec,
-    TrainSpec,
-    Variant,
-    VariantAxes,
-)  # fmt: skip
+from planner.specs.model import DataKind, DataSpec, ModelSource, ModelSpec, OptimizerSpec, Spec, TrainSpec
+from planner.specs.variants import Checkpointing, Compile, Precision, Variant, VariantAxes  # fmt: skip
 from planner.trials import Environment, Interval, Outcome, Peaks, Plan, PlanStatus, Source, Trial
 
 GIB = 1 << 30

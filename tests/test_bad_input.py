@@ -13,9 +13,8 @@ from planner.gpus import find_gpu
 from planner.processes import TAIL_BYTES
 from planner.selection import usable_capacity
 from planner.specs.document import parse_spec
-from planner.specs.model import Variant
-from planner.trials import MAX_BATCH_SIZE
-from planner.units import GIB
+from planner.specs.variants import Variant
+from planner.units import GIB, MAX_BATCH_SIZE
 from planner.virtual.device import VirtualDevice
 
 MODULE = """

@@ -16,7 +16,7 @@ from cli_fakes import LARGEST, SPEC, CardParts, raising_for, write_spec
 from planner.cli.app import run
 from planner.cli.exits import EXIT_STATUSES, PREFLIGHT_EXIT_STATUSES, ExitStatus, status_of_error, status_of_plans
 from planner.errors import DeviceLost, InvalidSpec, ModelError, PlannerError
-from planner.specs.model import Precision, Variant
+from planner.specs.variants import Precision, Variant
 from planner.units import GIB
 
 PLAIN = Variant(precision=Precision.FP32)

@@ -11,7 +11,7 @@ from planner.cli import wording
 from planner.cli.live import LiveDisplay, PlainDisplay, QuietDisplay, left, open_display
 from planner.cli.progress import SweepProgress
 from planner.progress import SweepStarted, TrialFinished, TrialStarted, VariantFinished, VariantStarted
-from planner.specs.model import Checkpointing, Variant
+from planner.specs.variants import Checkpointing, Variant
 from planner.trials import Environment, Outcome, Peaks, Plan, PlanStatus, Source, Trial
 
 PLAIN, FULL = Variant(), Variant(checkpointing=Checkpointing.FULL)

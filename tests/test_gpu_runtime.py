@@ -13,7 +13,7 @@ from planner.planning import plan_sweep
 from planner.runtime.card import IDLE_BYTES, Card, wait_until_idle
 from planner.runtime.device import LocalDevice
 from planner.specs.document import parse_spec
-from planner.specs.model import Variant
+from planner.specs.variants import Variant
 from planner.trials import Outcome, PlanStatus, Source
 from planner.units import GIB, MIB
 from tests.planning_fakes import ThresholdDevice

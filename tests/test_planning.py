@@ -13,7 +13,7 @@ from planner.errors import (
 from planner.planning import plan_sweep
 from planner.progress import SweepFinished, SweepStarted, TrialFinished, TrialStarted, VariantFinished, VariantStarted
 from planner.reports import summary
-from planner.specs.model import Checkpointing, Precision
+from planner.specs.variants import Checkpointing, Precision
 from planner.store import Store
 from planner.trials import Outcome, PlanStatus, Source
 from tests.planning_fakes import BF16, BF16_FULL, FP32, FP32_FULL, MemoryStore, ThresholdDevice, make_spec

@@ -6,7 +6,7 @@ from planner.errors import InvalidArgument, ModelError
 from planner.gpus import default_capacity_bytes, find_gpu
 from planner.preflight import preflight
 from planner.processes import ChildTimeout
-from planner.specs.model import Precision
+from planner.specs.variants import Precision
 from planner.store import Store
 from planner.trials import Interval, Outcome, Source
 from planner.units import GIB

@@ -10,21 +10,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.errors import InvalidSpec
 from planner.specs.document import load_spec, parse_spec, spec_document
-from planner.specs.model import (
-    Checkpointing,
-    Compile,
-    DataKind,
-    ModelSource,
-    OptimizerSpec,
-    Precision,
-    Spec,
-    TensorInput,
-    Variant,
-)
+from planner.specs.model import DataKind, ModelSource, OptimizerSpec, Spec, TensorInput
 from planner.specs.optimizers import OPTIMIZERS, UNSUPPORTED
-from planner.specs.sections import DTYPE_ALIASES, DTYPES, INTEGER_RANGES, SpecDocument
+from planner.specs.sections import SpecDocument
 from planner.specs.tasks import AUTO_CLASSES, data_kinds
+from planner.specs.values import DTYPE_ALIASES, DTYPES, INTEGER_RANGES
+from planner.specs.variants import Checkpointing, Compile, Precision, Variant
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
 MODEL = {"source": "transformers", "model_type": "gpt2", "task": "causal-lm"}
@@ -284,5 +277,79 @@ def test_the_optimizers_are_those_of_torch() -> None:
 
 def test_the_json_schema_names_every_section() -> None:
     schema = SpecDocument.model_json_schema()
-    assert set(schema["properties"]) == {"name", "model", "data", "train", "variants"}
+    assert set(schema["properties"]) == {"name", "model", "data", "train", "variants", "search"}
     assert {"TransformersModel", "TensorInputSection", "VariantsSection"} <= schema["$defs"].keys()
+
+
+def test_what_an_old_spec_did_not_say_leaves_its_hash_alone() -> None:
+    plain = of()
+    assert (
+        of(train={"accumulation_steps": 1, "routing": "balanced", "ema": False, "evaluation": False}).hash == plain.hash
+    )
+    assert of(train={"global_batch_size": 512}, search={"multiple_of": 8}).hash == plain.hash
+    different = [
+        of(train={"accumulation_steps": 2}), of(train={"clip_grad_norm": 1.0}), of(train={"ema": True}),
+        of(train={"freeze": "wte.*"}), of(train={"evaluation": True}), of(train={"evaluation": {"batch_size": 2}}),
+        of(train={"routing": "worst"}), of(data={"kind": "tokens", "lengths": [16, 1024]}),
+    ]  # fmt: skip
+    assert len({plain.hash, *(spec.hash for spec in different)}) == len(different) + 1
+
+
+def test_questions_beside_the_largest_batch_size() -> None:
+    assert of().question() == {}
+    spec = of(train={"global_batch_size": 512}, search={"multiple_of": 8, "max_batch_size": 64, "headroom": "5%"})
+    assert spec.question() == {
+        "global_batch_size": 512, "multiple_of": 8, "max_batch_size": 64, "headroom": {"bytes": 0, "share": 0.05},
+    }  # fmt: skip
+    assert spec.search.headroom.of(1000) == 50
+    assert of(search={"headroom": "2GiB"}).search.headroom.of(1) == 2 << 30
+
+
+def test_lengths_as_a_list_a_distribution_or_a_file(tmp_path: Path) -> None:
+    assert of(data={"kind": "tokens", "lengths": [7, 5, 7, 2000]}).data.lengths == ((5, 1), (7, 2), (2000, 1))
+    cut = of(data={"kind": "tokens", "lengths": [5, 7, 2000], "sequence_length": 7}).data
+    assert (cut.lengths, cut.sequence_length) == (((5, 1), (7, 2)), 7)
+    drawn = {"distribution": "lognormal", "mean": 300, "std": 200, "min": 8, "max": 1024}
+    data = of(data={"kind": "tokens", "lengths": drawn}).data
+    mean = sum(length * count for length, count in data.lengths) / sum(count for _, count in data.lengths)
+    assert data.sequence_length == data.lengths[-1][0] == 1024
+    assert data.lengths[0][0] >= 8
+    assert abs(mean - 300) < 15
+    (tmp_path / "lengths.txt").write_text("5\n7\n\n7\n2000\n")
+    (tmp_path / "spec.json").write_text(
+        json.dumps({"model": MODEL, "data": {"kind": "tokens", "lengths": {"file": "lengths.txt"}}})
+    )
+    assert load_spec(tmp_path / "spec.json").data.lengths == ((5, 1), (7, 2), (2000, 1))
+    (tmp_path / "lengths.txt").write_text("5\n7.5\n")
+    with pytest.raises(InvalidSpec, match=r"line 2 of .* is no length") as caught:
+        load_spec(tmp_path / "spec.json")
+    assert caught.value.field == "data.lengths.file"
+
+
+def test_further_axes_are_shown_where_they_differ() -> None:
+    axes = {"allocator": ["default", "expandable_segments:True"], "parallelism": ["single", "ddp"], "gpus": 2}
+    variants = of(variants=axes).variants.product()
+    assert [variant.label() for variant in variants] == [
+        "fp32", "fp32 + ddp on 2 GPUs", "fp32 + expandable_segments:True",
+        "fp32 + expandable_segments:True + ddp on 2 GPUs",
+    ]  # fmt: skip
+    assert variants[0].as_dict() == {"precision": "fp32", "checkpointing": "none", "compile": "off"}
+    assert all(Variant.from_dict(variant.as_dict()) == variant for variant in variants)
+
+
+def test_everything_that_a_spec_can_say_survives_json() -> None:
+    spec = of(
+        data={"kind": "tokens", "lengths": [16, 24, 24]},
+        train={
+            "optimizer": {"name": "sgd", "lr": 0.1}, "accumulation_steps": 4, "clip_grad_norm": 1.0, "ema": 0.99,
+            "freeze": ["wte.*"], "evaluation": {"batch_size": 3}, "routing": "worst", "global_batch_size": 32,
+        },
+        variants={
+            "sdpa": ["math", "flash"], "optimizer_implementation": "fused", "memory_format": "channels-last",
+            "loss": "chunked", "allocator": "expandable_segments:True", "parallelism": ["single", "fsdp2"], "gpus": 2,
+        },
+        search={"multiple_of": 8, "max_batch_size": 64, "headroom": "7.5%"},
+    )  # fmt: skip
+    again = parse_spec(json.loads(json.dumps(spec_document(spec), allow_nan=False)))
+    assert again == spec
+    assert (again.hash, again.question()) == (spec.hash, spec.question())

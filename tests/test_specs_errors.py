@@ -125,7 +125,7 @@ def test_a_wrong_task_names_the_nearest_and_lists_all() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("{kind: tokens}", "data.sequence_length: is required"),
+        ("{kind: tokens}", "data.sequence_length: is required (or lengths, where samples differ)"),
         (
             "{kind: token, sequence_length: 8}",
             "data.kind: 'token' is not a kind of data; valid: tokens, images, tensors (did you mean 'tokens'?)",
@@ -255,7 +255,7 @@ OPTIMIZERS = "adadelta, adafactor, adagrad, adam, adamax, adamw, asgd, nadam, ra
         ("name: 5", "name: must be text, not 5; put it in quotes"),
         ("name: ''", "name: must be printable text"),
         ("varians: {}", "varians: unknown key (did you mean 'variants'?)"),
-        ("zzz: 1", "zzz: unknown key; valid: name, model, data, train, variants"),
+        ("zzz: 1", "zzz: unknown key; valid: name, model, data, train, variants, search"),
     ],
 )
 def test_other_errors(more: str, message: str) -> None:
@@ -315,3 +315,63 @@ def test_shared_values_cannot_multiply_without_end() -> None:
     for _ in range(15):
         value = [value] * 10
     assert "more than 20000 values" in error_of(in_config(value)).message
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("train: {clip_grad_norm: 0}", "train.clip_grad_norm: must be more than 0, not 0"),
+        ("train: {ema: 1.5}", "train.ema: must be less than 1, not 1.5"),
+        ("train: {evaluation: {batchsize: 2}}", "train.evaluation.batchsize: unknown key (did you mean 'batch_size'?)"),
+        (
+            "train: {routing: wrost}",
+            "train.routing: 'wrost' is not a routing; valid: balanced, worst (did you mean 'worst'?)",
+        ),
+        (
+            "train: {step: 'a:b', ema: true}",
+            "train.ema: has no effect beside train.step, which replaces the whole step",
+        ),
+        (
+            "variants: {allocator: ['expandable_segment:True']}",
+            "variants.allocator[0]: 'expandable_segment' is not a setting of PyTorch's allocator "
+            "(did you mean 'expandable_segments'?)",
+        ),
+        (
+            "variants: {gpus: 2}",
+            "variants.gpus: 2 GPUs need a variant that uses them: parallelism: [ddp] or [fsdp2]",
+        ),
+        (
+            "variants: {parallelism: [ddp]}",
+            "variants.gpus: ddp needs more than 1 GPU: say how many (did you mean '2'?)",
+        ),
+        ("search: {multiple: 8}", "search.multiple: unknown key (did you mean 'multiple_of'?)"),
+        (
+            "search: {multiple_of: 8, max_batch_size: 4}",
+            "search.max_batch_size: must be at least search.multiple_of (8), not 4 (did you mean '8'?)",
+        ),
+        ("search: {headroom: 100%}", "search.headroom: '100%' is not from 0% to below 100%"),
+        ("search: {headroom: 7.5}", "search.headroom: 7.5 is neither bytes, such as 2GiB, nor a share, such as 5%"),
+        (
+            "data: {kind: tokens, lengths: {distribution: lognormal, mean: 300, max: 1024}}",
+            "data.lengths.std: is required for a lognormal distribution",
+        ),
+        (
+            "data: {kind: tokens, lengths: {distribution: uniform, min: 9, max: 8}}",
+            "data.lengths.min: must be at most max (8), not 9",
+        ),
+        (
+            "data: {kind: tokens, lengths: {distribution: uniform, maxx: 8}}",
+            "data.lengths.maxx: unknown key (did you mean 'max'?)",
+        ),
+        (
+            "data: {kind: tokens, lengths: {lengths: [3, 4], counts: [1]}}",
+            "data.lengths.counts: must have as many numbers as lengths (2), not 1",
+        ),
+        (
+            "data: {kind: tokens, lengths: {file: lengths.txt}}",
+            "data.lengths.file: is read by the command line only; here give the lengths themselves",
+        ),
+    ],
+)
+def test_errors_of_further_keys(section: str, message: str) -> None:
+    assert str(error_of(GOOD | yaml.safe_load(section))) == message

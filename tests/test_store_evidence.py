@@ -24,7 +24,7 @@ from store_fakes import (
 )  # fmt: skip
 
 from planner.errors import InvalidArgument, NotFound, StoreError
-from planner.specs.model import Variant
+from planner.specs.variants import Variant
 from planner.store import GpuPlans, PlanFilter, Store
 from planner.trials import Environment, Outcome, Plan, PlanStatus, Source, Trial
 

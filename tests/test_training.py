@@ -11,8 +11,9 @@ import torch
 
 from planner.errors import InvalidSpec, ModelError
 from planner.specs.document import parse_spec
-from planner.specs.model import Checkpointing, Compile, OptimizerSpec, Precision, Spec, Variant
+from planner.specs.model import OptimizerSpec, Spec
 from planner.specs.optimizers import OPTIMIZERS
+from planner.specs.variants import Checkpointing, Compile, Precision, Variant
 from planner.training import Training, build_model
 from planner.training.data import make_batch, num_classes
 from planner.training.optimizers import make_optimizer, optimizer_class

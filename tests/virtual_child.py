@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from planner.allocator import AllocatorConfig, Events, replay
 from planner.processes import Child, serve
 from planner.specs.document import parse_spec
-from planner.specs.model import Checkpointing, Compile, Precision, Variant
+from planner.specs.variants import Checkpointing, Compile, Precision, Variant
 from planner.virtual.architecture import Architecture
 from planner.virtual.kernels import Kernels
 from planner.virtual.recorder import Recorder

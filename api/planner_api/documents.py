@@ -16,14 +16,12 @@ from planner.specs.document import parse_spec
 from planner.specs.files import parse_text
 from planner.specs.model import Spec
 from planner.specs.plain import plain
-from planner.units import parse_bytes
+from planner.units import MAX_BATCH_SIZE, parse_bytes
 from planner_api.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType
 
 _YAML_TYPES: Final = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
 _JSON_TYPES: Final = ("application/json", "text/json")
 
-MAX_BATCH_SIZE: Final = 2**31 - 1
-"""What a database's integer column holds."""
 MAX_CAPACITY_BYTES: Final = 2**53 - 1
 """The largest integer that every JSON reader keeps exactly."""
 

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.cli import wording
 from planner.cli.exits import ExitStatus
 from planner.cli.options import (
     AsJson,
@@ -21,6 +20,7 @@ from planner.cli.options import (
 from planner.cli.parts import Parts, parts_of
 from planner.cli.signals import Interrupted, interruptible
 from planner.cli.terminal import note, print_document, print_lines, stdout_console
+from planner.specs.variants import variant_label
 from planner.units import format_bytes, parse_bytes
 
 _STATUSES = {
@@ -89,7 +89,7 @@ def verdict_lines(verdict: dict[str, Any]) -> list[str]:
         f"allocator may reserve {format_bytes(verdict['capacity_bytes'])}"
     ]
     for each in verdict["variants"]:
-        label = wording.variant_label(each["variant"])
+        label = variant_label(each["variant"])
         lines.append(f"  {label}: {_WORDS[each['verdict']]}; {each['reason']}")
         lines.extend(f"    {text}" for text in each.get("notes") or ())
     return [*lines, *(verdict.get("notes") or ())]

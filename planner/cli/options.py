@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from planner.errors import InvalidArgument, nearest
-from planner.trials import MAX_BATCH_SIZE
+from planner.units import MAX_BATCH_SIZE
 
 SpecFile = Annotated[
     Path, typer.Argument(metavar="SPEC", help="What to train: a YAML, JSON or TOML file.", show_default=False)

@@ -28,8 +28,9 @@ class Parts:
         """The spec as it was written, checked here so that a bad one never travels."""
         from planner.specs.document import parse_spec
         from planner.specs.files import read_document
+        from planner.specs.lengths import inline_file
 
-        document = read_document(path)
+        document = inline_file(read_document(path), path.parent)
         parse_spec(document)
         return document
 

@@ -9,6 +9,7 @@ import typer
 from planner.cli.jobs import Cursor, Limit, open_service
 from planner.cli.options import AsJson, Debug, ServerUrl, StoreUrl, one_of
 from planner.cli.terminal import note, print_document, print_lines, stdout_console
+from planner.specs.variants import variant_label
 
 app = typer.Typer(help="List and show stored plans.")
 
@@ -34,7 +35,7 @@ def list_plans(
 ) -> int:
     """List stored plans, newest first."""
     from planner.gpus import find_gpu
-    from planner.specs.model import Checkpointing, Precision
+    from planner.specs.variants import Checkpointing, Precision
     from planner.trials import Source
 
     filters = {
@@ -82,7 +83,7 @@ def _print_list(plans: list[dict[str, Any]]) -> None:
     table = plain_table(console, "plan", "model", "variant", "gpu", "capacity GiB", "answer", right=("capacity GiB",))
     for plan in plans:
         table.add_row(
-            plan.get("id") or "-", plan.get("model", "-"), wording.variant_label(plan["variant"]), plan["gpu"],
+            plan.get("id") or "-", plan.get("model", "-"), variant_label(plan["variant"]), plan["gpu"],
             wording.gib(plan["capacity_bytes"]), wording.answer_line(plan),
         )  # fmt: skip
     console.print(table)

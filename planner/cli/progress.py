@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from planner.progress import Progress, SweepStarted, TrialFinished, TrialStarted, VariantFinished, VariantStarted
-from planner.specs.model import Variant
+from planner.specs.variants import Variant
 from planner.trials import Plan, Trial
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from planner.cli import wording
 from planner.cli.terminal import print_lines
+from planner.specs.variants import variant_label
 from planner.units import format_bytes
 
 NARROW = 153
@@ -37,7 +38,7 @@ def plans_table(console: Console, plans: Sequence[Mapping[str, Any]]) -> Table:
     headers = {name: name.replace(" ", "\n") if narrow else name for name in (*numbers, "evidence")}
     table = plain_table(console, "variant", *headers.values(), right=[headers[name] for name in numbers])
     for plan in plans:
-        label = wording.variant_label(plan["variant"])
+        label = variant_label(plan["variant"])
         words = f"{wording.evidence(plan)}, {wording.counted(plan.get('num_trials') or 0, 'trial')}"
         if narrow:
             label = label.replace("checkpointing ", "checkpointing\n").replace(" + ", " +\n")
@@ -52,7 +53,7 @@ def intervals(plans: Sequence[Mapping[str, Any]]) -> list[str]:
     for plan in plans:
         if interval := plan.get("reserved_interval"):
             low, high = format_bytes(interval["low_bytes"]), format_bytes(interval["high_bytes"])
-            label = wording.variant_label(plan["variant"])
+            label = variant_label(plan["variant"])
             lines.setdefault(str(interval["basis"]), []).append(f"  {label}: {low} to {high}")
     found = [line for basis, ranges in lines.items() for line in (*ranges, f"  {basis}")]
     return ["Capacity needed (may reserve more where there is more):", *found] if found else []
@@ -62,7 +63,7 @@ def remarks(plans: Sequence[Mapping[str, Any]]) -> list[str]:
     """What must be read beside the table: failures, retries, stated assumptions; each sentence once."""
     lines: list[str] = []
     for plan in plans:
-        label = wording.variant_label(plan["variant"])
+        label = variant_label(plan["variant"])
         if wording.status(plan) != "planned":
             lines.append(f"{label}: {wording.sizes_line(plan)}")
         if retries := plan.get("num_alloc_retries"):
@@ -77,7 +78,7 @@ def expectation(plans: Sequence[Mapping[str, Any]]) -> list[str]:
     known = [plan for plan in plans if plan.get("predicted_max_batch_size") is not None]
     if not known:
         return []
-    each = [f"{wording.variant_label(plan['variant'])} {_predicted_against(plan)}" for plan in known]
+    each = [f"{variant_label(plan['variant'])} {_predicted_against(plan)}" for plan in known]
     exact = sum(plan["predicted_max_batch_size"] == plan.get("max_batch_size") for plan in known)
     verdict = "all exact" if exact == len(known) else f"{exact} of {len(known)} exact"
     return [f"Predicted before measuring: {', '.join(each)}: {verdict}."]

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from planner.cli import wording
 from planner.cli.terminal import note
 from planner.client import ServiceEvent
+from planner.specs.variants import variant_label
 
 
 class Followable(Protocol):
@@ -29,7 +30,7 @@ def follow(service: Followable, job_id: str, *, quiet: bool = False) -> dict[str
 def event_line(event: ServiceEvent) -> str | None:
     """An event for people; ``None`` for one that says nothing new."""
     data = event.data
-    label = wording.variant_label(data["variant"]) if isinstance(data.get("variant"), Mapping) else ""
+    label = variant_label(data["variant"]) if isinstance(data.get("variant"), Mapping) else ""
     match event.kind:
         case "state":
             where = f" on {data['worker']}" if data.get("worker") and data.get("state") == "running" else ""
@@ -44,6 +45,6 @@ def event_line(event: ServiceEvent) -> str | None:
             return f"{label}: batch {trial.get('batch_size')} {word}"
         case "variant_finished":
             plan = data.get("plan", data)
-            return f"{wording.variant_label(plan['variant'])}: {wording.answer_line(plan)}"
+            return f"{variant_label(plan['variant'])}: {wording.answer_line(plan)}"
         case _:
             return None

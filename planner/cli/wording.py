@@ -47,16 +47,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def variant_label(variant: Mapping[str, str]) -> str:
-    """``{"precision": "fp32", "checkpointing": "full", ...}`` -> ``"fp32 + checkpointing full"``."""
-    parts = [variant.get("precision", "?")]
-    if variant.get("checkpointing", "none") != "none":
-        parts.append(f"checkpointing {variant['checkpointing']}")
-    if variant.get("compile", "off") != "off":
-        parts.append("compiled")
-    return " + ".join(parts)
-
-
 def status(plan: Mapping[str, Any]) -> str:
     return str(plan.get("status", "planned"))
 

@@ -16,7 +16,8 @@ from planner.local_gpus import LocalGpu
 from planner.processes import Child, ChildError
 from planner.runtime.card import wait_until_idle
 from planner.specs.document import spec_document
-from planner.specs.model import Spec, Variant
+from planner.specs.model import Spec
+from planner.specs.variants import Variant
 from planner.trials import Environment, Outcome, Peaks, Source, Trial
 
 OPEN_TIMEOUT_S = 900.0

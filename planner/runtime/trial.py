@@ -15,7 +15,8 @@ import torch
 
 from planner.errors import DeviceLost, DeviceUnavailable, ModelError, PlannerError, described, first_line
 from planner.runtime.card import Card
-from planner.specs.model import Checkpointing, Compile, Precision, Spec, Variant
+from planner.specs.model import Spec
+from planner.specs.variants import Variant
 from planner.training import Training
 from planner.training.oom import is_gpu_fault, is_gpu_lost, is_out_of_memory
 from planner.trials import Outcome
@@ -36,7 +37,7 @@ def run_trial(
     spec: Spec,
     model: torch.nn.Module,
     *,
-    variant: Mapping[str, str],
+    variant: Mapping[str, Any],
     batch_size: int,
     capacity_bytes: int,
     gpu_uuid: str,
@@ -46,11 +47,7 @@ def run_trial(
     Raises ``ModelError`` for what the model or the step raises, ``InvalidSpec`` for a variant that the model does not
     offer, ``DeviceLost``, ``DeviceUnavailable``.
     """
-    chosen = Variant(
-        precision=Precision(variant["precision"]),
-        checkpointing=Checkpointing(variant["checkpointing"]),
-        compile=Compile(variant["compile"]),
-    )
+    chosen = Variant.from_dict(variant)
     with Card.open(gpu_uuid) as card:
         used_before = card.used_bytes()
         device = _limit(capacity_bytes)

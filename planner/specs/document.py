@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,29 @@ from pydantic import ValidationError
 
 from planner.errors import InvalidSpec
 from planner.specs.files import read_document
+from planner.specs.lengths import Histogram, histogram, inline_file, quantiles
 from planner.specs.model import (
-    Checkpointing,
-    Compile,
     DataKind,
     DataSpec,
+    EvaluationSpec,
     ModelSource,
     ModelSpec,
     OptimizerSpec,
-    Precision,
+    SearchSpec,
     Spec,
     TensorInput,
     TrainSpec,
-    VariantAxes,
 )
 from planner.specs.optimizers import SGD_MOMENTUM
 from planner.specs.plain import plain, shown
 from planner.specs.problems import first_problem
 from planner.specs.sections import (
-    INTEGER_RANGES,
     DataSection,
+    DistributionSection,
     ImagesData,
     ModelSection,
     PythonModel,
+    SearchSection,
     SpecDocument,
     TensorInputSection,
     TokensData,
@@ -44,6 +45,8 @@ from planner.specs.sections import (
     VariantsSection,
 )
 from planner.specs.tasks import data_kinds
+from planner.specs.values import INTEGER_RANGES
+from planner.specs.variants import AXES, CONTRACT_AXES, Parallelism, VariantAxes
 
 
 def load_spec(path: Path) -> Spec:
@@ -52,7 +55,7 @@ def load_spec(path: Path) -> Spec:
     Raises ``InvalidArgument`` for a file that cannot be read, else as ``parse_spec``; malformed text is an
     ``InvalidSpec`` that names the file and the line.
     """
-    return parse_spec(read_document(path))
+    return parse_spec(inline_file(read_document(path), path.parent))
 
 
 def parse_spec(document: Mapping[str, Any]) -> Spec:
@@ -73,6 +76,7 @@ def parse_spec(document: Mapping[str, Any]) -> Spec:
         data=_data(checked.data),
         train=_train(checked.train),
         variants=_variants(checked.variants),
+        search=_search(checked.search),
     )
     _check_together(spec)
     return spec
@@ -94,13 +98,35 @@ def spec_document(spec: Spec) -> dict[str, Any]:
     train: dict[str, Any] = {
         "optimizer": {"name": optimizer.name, **plain(optimizer.args)} if optimizer.args else optimizer.name
     }
-    train |= {key: value for key in ("loss", "step") if (value := getattr(spec.train, key)) is not None}
-    variants = {
-        "precision": [str(item) for item in spec.variants.precision],
-        "checkpointing": [str(item) for item in spec.variants.checkpointing],
-        "compile": [str(item) for item in spec.variants.compile],
+    train |= {key: value for key in _TRAIN_KEYS if (value := getattr(spec.train, key)) != _PLAIN_TRAIN[key]}
+    if "freeze" in train:
+        train["freeze"] = list(spec.train.freeze)
+    if spec.train.evaluation is not None:
+        size = spec.train.evaluation.batch_size
+        train["evaluation"] = {} if size is None else {"batch_size": size}
+    variants: dict[str, Any] = {
+        axis: [str(item) for item in getattr(spec.variants, axis)]
+        for axis in AXES
+        if axis in CONTRACT_AXES or getattr(spec.variants, axis) != _PLAIN_AXES[axis]
     }
-    return document | {"model": model, "data": _data_document(spec.data), "train": train, "variants": variants}
+    if spec.variants.gpus != 1:
+        variants["gpus"] = spec.variants.gpus
+    document |= {"model": model, "data": _data_document(spec.data), "train": plain(train), "variants": variants}
+    search = _search_document(spec.search)
+    return document | ({"search": search} if search else {})
+
+
+def _search_document(search: SearchSpec) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    if search.multiple_of != 1:
+        document["multiple_of"] = search.multiple_of
+    if search.max_batch_size is not None:
+        document["max_batch_size"] = search.max_batch_size
+    if search.headroom.share:
+        document["headroom"] = f"{search.headroom.share * 100!r}%"
+    elif search.headroom.bytes:
+        document["headroom"] = search.headroom.bytes
+    return document
 
 
 def _data_document(data: DataSpec) -> dict[str, Any]:
@@ -108,6 +134,9 @@ def _data_document(data: DataSpec) -> dict[str, Any]:
     for key in ("sequence_length", "size", "classes"):
         if getattr(data, key) is not None:
             document[key] = getattr(data, key)
+    if data.lengths:
+        lengths, counts = zip(*data.lengths, strict=True)
+        document["lengths"] = {"lengths": list(lengths), "counts": list(counts)}
     if data.kind is DataKind.TENSORS:
         document["inputs"] = {
             name: {"shape": list(item.shape), "dtype": item.dtype}
@@ -131,10 +160,23 @@ def _data(section: DataSection) -> DataSpec:
     kind = DataKind(section.kind)
     match section:
         case TokensData():
-            return DataSpec(kind=kind, sequence_length=section.sequence_length)
+            found = _histogram(section)
+            longest = found[-1][0] if found else section.sequence_length
+            return DataSpec(kind=kind, sequence_length=longest, lengths=found if len(found) > 1 else ())
         case ImagesData():
             return DataSpec(kind=kind, size=section.size, classes=section.classes)
     return DataSpec(kind=kind, inputs={name: _input(item) for name, item in section.inputs.items()})
+
+
+def _histogram(section: TokensData) -> Histogram:
+    match section.lengths:
+        case None:
+            return ()
+        case DistributionSection() as lengths:
+            drawn = quantiles(lengths.distribution, lengths.min, lengths.max, lengths.mean or 0.0, lengths.std or 1.0)
+            return histogram(drawn, [1] * len(drawn), section.sequence_length)
+        case lengths:
+            return histogram(lengths.lengths, lengths.counts, section.sequence_length)
 
 
 def _input(section: TensorInputSection) -> TensorInput:
@@ -145,28 +187,45 @@ def _input(section: TensorInputSection) -> TensorInput:
 
 def _train(section: TrainSection | None) -> TrainSpec:
     section = section or TrainSection()
-    if section.optimizer is None:
-        return TrainSpec(optimizer=OptimizerSpec(name="adamw"), loss=section.loss, step=section.step)
-    name, args = section.optimizer.name, section.optimizer.args()
+    name, args = ("adamw", {}) if section.optimizer is None else (section.optimizer.name, section.optimizer.args())
     if name == "sgd-momentum":
         name, args = "sgd", {"momentum": SGD_MOMENTUM} | args
-    return TrainSpec(optimizer=OptimizerSpec(name=name, args=args), loss=section.loss, step=section.step)
+    return TrainSpec(
+        optimizer=OptimizerSpec(name=name, args=args),
+        freeze=tuple(section.freeze or ()),
+        evaluation=None if section.evaluation is None else EvaluationSpec(batch_size=section.evaluation.batch_size),
+        **{key: getattr(section, key) for key in _TRAIN_KEYS if key != "freeze"},
+    )
 
 
 def _variants(section: VariantsSection | None) -> VariantAxes:
     section = section or VariantsSection()
-    return VariantAxes(
-        precision=tuple(section.precision or (Precision.FP32,)),
-        checkpointing=tuple(section.checkpointing or (Checkpointing.NONE,)),
-        compile=tuple(section.compile or (Compile.OFF,)),
-    )
+    given = {axis: tuple(values) for axis in AXES if (values := getattr(section, axis)) is not None}
+    return VariantAxes(**given, gpus=section.gpus or 1)
+
+
+def _search(section: SearchSection | None) -> SearchSpec:
+    section = section or SearchSection()
+    return SearchSpec(multiple_of=section.multiple_of, max_batch_size=section.max_batch_size, headroom=section.headroom)
+
+
+_TRAIN_KEYS = (
+    "loss", "step", "accumulation_steps", "clip_grad_norm", "ema", "freeze", "routing", "global_batch_size"
+)  # fmt: skip
+"""Keys of ``train`` whose values a document and a ``TrainSpec`` have alike."""
+_PLAIN_TRAIN = {item.name: item.default for item in fields(TrainSpec)}
+_PLAIN_AXES = {item.name: item.default for item in fields(VariantAxes)}
+
+
+_NO_EFFECT = "has no effect beside train.step, which replaces the whole step"
 
 
 def _check_together(spec: Spec) -> None:
     """What no section can say alone. Raises ``InvalidSpec``."""
     model, data, train = spec.model, spec.data, spec.train
+    _check_variants(spec)
     if train.loss is not None and train.step is not None:
-        raise InvalidSpec("has no effect beside train.step, which replaces the whole step", field="train.loss")
+        raise InvalidSpec(_NO_EFFECT, field="train.loss")
     if data.kind is DataKind.TOKENS and model.source is not ModelSource.TRANSFORMERS:
         raise InvalidSpec(
             "tokens is only for source: transformers, whose config says how many there are; use kind: tensors",
@@ -186,3 +245,27 @@ def _check_together(spec: Spec) -> None:
     labels = model.config.get("num_labels", model.config.get("num_classes"))
     if data.classes is not None and isinstance(labels, int) and data.classes > labels:
         raise InvalidSpec(f"must be at most the model's {labels} classes, not {data.classes}", field="data.classes")
+
+
+def _check_variants(spec: Spec) -> None:
+    """What an axis needs beside it. Raises ``InvalidSpec``."""
+    variants, train = spec.variants, spec.train
+    parallel = [kind for kind in variants.parallelism if kind is not Parallelism.SINGLE]
+    if variants.gpus > 1 and not parallel:
+        raise InvalidSpec(
+            f"{variants.gpus} GPUs need a variant that uses them: parallelism: [ddp] or [fsdp2]", field="variants.gpus"
+        )
+    if parallel and variants.gpus == 1:
+        raise InvalidSpec(f"{parallel[0]} needs more than 1 GPU: say how many", field="variants.gpus", suggestion="2")
+    if train.step is not None:
+        own = {"accumulation_steps": 1, "clip_grad_norm": None, "ema": None}
+        for key, default in own.items():
+            if getattr(train, key) != default:
+                raise InvalidSpec(_NO_EFFECT, field=f"train.{key}")
+    limit, multiple = spec.search.max_batch_size, spec.search.multiple_of
+    if limit is not None and limit < multiple:
+        raise InvalidSpec(
+            f"must be at least search.multiple_of ({multiple}), not {limit}",
+            field="search.max_batch_size",
+            suggestion=str(multiple),
+        )

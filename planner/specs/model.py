@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from planner.specs.variants import VariantAxes
 
 
 class ModelSource(StrEnum):
@@ -28,24 +30,13 @@ class DataKind(StrEnum):
     TENSORS = "tensors"
 
 
-class Precision(StrEnum):
-    FP32 = "fp32"
-    TF32 = "tf32"
-    FP16_AMP = "fp16-amp"
-    BF16_AMP = "bf16-amp"
-    BF16 = "bf16"
-    FP16 = "fp16"
+class Routing(StrEnum):
+    """What is assumed of a mixture of experts, whose router's choice depends on weights."""
 
-
-class Checkpointing(StrEnum):
-    NONE = "none"
-    FULL = "full"
-    SELECTIVE = "selective"
-
-
-class Compile(StrEnum):
-    OFF = "off"
-    ON = "on"
+    BALANCED = "balanced"
+    """Every expert gets as many tokens as any other."""
+    WORST = "worst"
+    """Every token goes to the same experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +79,9 @@ class DataSpec:
     """``images``: number of class labels; ``None`` = what the model has."""
     inputs: Mapping[str, TensorInput] = field(default_factory=dict)
     """``tensors``: by the name of the keyword argument."""
+    lengths: tuple[tuple[int, int], ...] = ()
+    """``tokens``: ``(tokens, how many samples)`` in ascending order, where samples differ in length. The longest is
+    ``sequence_length``; a batch is as long as its longest sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,50 +93,56 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSpec:
+    """An evaluation step between training steps: the forward pass without gradients, in evaluation mode."""
+
+    batch_size: int | None = None
+    """``None``: that of the training step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSpec:
     optimizer: OptimizerSpec
     loss: str | None = None
     """``module:function`` of ``(outputs, batch)`` that returns the scalar loss."""
     step: str | None = None
     """``module:function`` that replaces the whole training step."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class Variant:
-    """One combination of the sweep's axes."""
-
-    precision: Precision = Precision.FP32
-    checkpointing: Checkpointing = Checkpointing.NONE
-    compile: Compile = Compile.OFF
-
-    def as_dict(self) -> dict[str, str]:
-        """As the contract writes it: ``{"precision": "bf16-amp", "checkpointing": "none", "compile": "off"}``."""
-        return {name: str(value) for name, value in asdict(self).items()}
-
-    def label(self) -> str:
-        """For people: the axes that differ from a plain loop, e.g. ``bf16-amp + checkpointing full``."""
-        parts = [str(self.precision)]
-        if self.checkpointing is not Checkpointing.NONE:
-            parts.append(f"checkpointing {self.checkpointing}")
-        if self.compile is not Compile.OFF:
-            parts.append("compiled")
-        return " + ".join(parts)
+    accumulation_steps: int = 1
+    """Micro-batches whose gradients are summed before the optimizer steps. A batch size is that of a micro-batch."""
+    clip_grad_norm: float | None = None
+    """Greatest norm of all gradients together (``torch.nn.utils.clip_grad_norm_``)."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, kept as a second copy on the device."""
+    freeze: tuple[str, ...] = ()
+    """Shell patterns of the names of parameters that are not trained, e.g. ``transformer.wte.*``."""
+    evaluation: EvaluationSpec | None = None
+    routing: Routing = Routing.BALANCED
+    global_batch_size: int | None = None
+    """Samples per optimizer step that micro-batch size times accumulation steps (times GPUs) must reach exactly. A
+    question about the plan, no part of the work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VariantAxes:
-    """Every list is one axis of the sweep."""
+class Headroom:
+    """What must stay free of the capacity, beyond what a trial needs."""
 
-    precision: tuple[Precision, ...] = (Precision.FP32,)
-    checkpointing: tuple[Checkpointing, ...] = (Checkpointing.NONE,)
-    compile: tuple[Compile, ...] = (Compile.OFF,)
+    bytes: int = 0
+    share: float = 0.0
+    """Of the capacity, 0 to 1."""
 
-    def product(self) -> tuple[Variant, ...]:
-        """Every combination, precision slowest, in the order that the user wrote."""
-        return tuple(
-            Variant(precision=p, checkpointing=c, compile=k)
-            for p, c, k in itertools.product(self.precision, self.checkpointing, self.compile)
-        )
+    def of(self, capacity_bytes: int) -> int:
+        """Bytes of ``capacity_bytes`` that must stay free."""
+        return self.bytes + math.ceil(self.share * capacity_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSpec:
+    """Which answers are wanted. A question about the plan, no part of the work."""
+
+    multiple_of: int = 1
+    """Batch sizes that are no multiple of it are not planned."""
+    max_batch_size: int | None = None
+    headroom: Headroom = Headroom()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,15 +151,43 @@ class Spec:
     data: DataSpec
     train: TrainSpec
     variants: VariantAxes
+    search: SearchSpec = SearchSpec()
     name: str | None = None
 
     def work(self) -> dict[str, Any]:
-        """What is trained, as JSON data: all but the label and the sweep."""
+        """What is trained, as JSON data: all but the label, the sweep and what is asked of the plan.
+
+        Fields that were added to the spec later count only where they differ from their default, so that what was
+        measured before stays found.
+        """
         data = asdict(self)
-        return {key: data[key] for key in ("model", "data", "train")}
+        work = {key: data[key] for key in ("model", "data", "train")}
+        del work["train"]["global_batch_size"]
+        for section, added in _ADDED.items():
+            for key in added:
+                if work[section][key] == added[key]:
+                    del work[section][key]
+        return work
+
+    def question(self) -> dict[str, Any]:
+        """What is asked of the plan beyond the largest batch size, as JSON data; empty when nothing is."""
+        asked = {key: value for key, value in asdict(self.search).items() if value != _PLAIN_SEARCH[key]}
+        if self.train.global_batch_size is not None:
+            asked["global_batch_size"] = self.train.global_batch_size
+        return asked
 
     @property
     def hash(self) -> str:
         """SHA-256 of the canonical JSON of ``work()``: equal for equal work, however it was written."""
         canonical = json.dumps(self.work(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+_ADDED: Mapping[str, Mapping[str, Any]] = {
+    "data": {"lengths": ()},
+    "train": {
+        "accumulation_steps": 1, "clip_grad_norm": None, "ema": None, "freeze": (), "evaluation": None,
+        "routing": Routing.BALANCED,
+    },
+}  # fmt: skip
+_PLAIN_SEARCH = asdict(SearchSpec())

@@ -10,8 +10,12 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 from planner.errors import InvalidSpec, nearest
 from planner.specs.plain import join, shown
 from planner.specs.sections import (
+    DistributionSection,
+    EvaluationSection,
+    HistogramSection,
     ImagesData,
     PythonModel,
+    SearchSection,
     SpecDocument,
     TensorInputSection,
     TensorsData,
@@ -38,6 +42,8 @@ _UNIONS: Mapping[str, tuple[str, Mapping[str, type[BaseModel]]]] = {
     ),
     "data": ("kind", {"tokens": TokensData, "images": ImagesData, "tensors": TensorsData}),
 }
+
+_LENGTHS: Mapping[str, type[BaseModel]] = {"distribution": DistributionSection, "histogram": HistogramSection}
 
 # What the same thing is called by another source: said instead of the nearest spelling.
 _OTHER_NAMES = {
@@ -103,6 +109,10 @@ def _translate(problem: Any, document: Mapping[str, Any]) -> InvalidSpec:
         return InvalidSpec(f"must be at least {context['ge']}, not {shown(value)}", field=path)
     if kind == "less_than_equal":
         return InvalidSpec(f"must be at most {context['le']}, not {shown(value)}", field=path)
+    if kind == "greater_than":
+        return InvalidSpec(f"must be more than {context['gt']:g}, not {shown(value)}", field=path)
+    if kind == "less_than":
+        return InvalidSpec(f"must be less than {context['lt']:g}, not {shown(value)}", field=path)
     if kind in ("too_long", "string_too_long"):
         return InvalidSpec(f"is longer than {context['max_length']}", field=path)
     return InvalidSpec(f"{problem['msg'][:1].lower()}{problem['msg'][1:]}", field=path)
@@ -117,6 +127,8 @@ def _path(loc: _Loc, document: Mapping[str, Any]) -> str:
     value: Any = document
     for position, part in enumerate(loc):
         if position == 1 and loc[0] in _UNIONS and part in _UNIONS[str(loc[0])][1]:
+            continue
+        if position == 3 and loc[2] == "lengths" and part in _LENGTHS:
             continue
         if isinstance(value, Mapping):
             value = value.get(str(part))
@@ -145,8 +157,14 @@ def _section(parent: _Loc) -> type[BaseModel]:
             return _UNIONS[name][1][tag]
         case ("data", "tensors", "inputs", _):
             return TensorInputSection
+        case ("data", "tokens", "lengths", str(tag)):
+            return _LENGTHS[tag]
         case ("train",):
             return TrainSection
+        case ("train", "evaluation"):
+            return EvaluationSection
+        case ("search",):
+            return SearchSection
         case ("variants",):
             return VariantsSection
     raise AssertionError(f"a section without known keys: {parent}")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from planner.errors import StoreError
 from planner.jobs import Job, JobEvent, JobKind, JobRequest, JobState
-from planner.specs.model import Checkpointing, Compile, Precision, Variant
+from planner.specs.variants import CONTRACT_AXES, Variant
 from planner.store.pages import StoredTrial
 from planner.store.schema import EnvironmentRow, Evidence, JobEventRow, JobRow, PlanRow, TrialRow
 from planner.trials import Environment, Interval, Outcome, Peaks, Plan, PlanStatus, Source, Trial
@@ -53,15 +53,22 @@ def _member(names: type[Name], value: str) -> Name:
 
 
 def variant_columns(variant: Variant) -> dict[str, str]:
-    return variant.as_dict()
+    data = variant.as_dict()
+    columns = {axis: data.pop(axis) for axis in CONTRACT_AXES}
+    return {**columns, "axes": canonical(data)}
+
+
+def canonical(data: Mapping[str, Any]) -> str:
+    """JSON text that is equal for equal data, to be compared in a query."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def variant_of(row: Evidence) -> Variant:
-    return Variant(
-        precision=_member(Precision, row.precision),
-        checkpointing=_member(Checkpointing, row.checkpointing),
-        compile=_member(Compile, row.compile),
-    )
+    written = {axis: getattr(row, axis) for axis in CONTRACT_AXES} | json.loads(row.axes)
+    try:
+        return Variant.from_dict(written)
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"the store holds a variant that this version of planner does not know: {error}") from None
 
 
 def environment_columns(environment: Environment) -> dict[str, Any]:
@@ -161,6 +168,8 @@ def plan_columns(plan: Plan) -> dict[str, Any]:
         "num_alloc_retries": plan.num_alloc_retries,
         "error": json_data(plan.error),
         "notes": list(plan.notes),
+        "question": canonical(plan.question),
+        "details": json_data(plan.details) or None,
         "worker": storable(plan.worker),
     }
 
@@ -174,7 +183,8 @@ def plan_of(row: PlanRow) -> Plan:
         batch_size=row.batch_size, fits=row.fits,
         certified=row.certified, peaks=_peaks_of(row), reserved_interval=_interval_of(row), step_time_s=row.step_time_s,
         num_alloc_retries=row.num_alloc_retries, trials=tuple(trial_of(link.trial) for link in row.trial_links),
-        error=row.error, notes=tuple(row.notes), worker=row.worker, created_at=row.created_at, stored=True, id=row.id,
+        error=row.error, notes=tuple(row.notes), question=json.loads(row.question), details=row.details or {},
+        worker=row.worker, created_at=row.created_at, stored=True, id=row.id,
     )  # fmt: skip
 
 

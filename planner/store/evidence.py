@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,7 +11,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from planner.errors import NotFound
-from planner.specs.model import Spec, Variant
+from planner.specs.model import Spec
+from planner.specs.variants import Variant
 from planner.store import convert
 from planner.store.engine import Database
 from planner.store.ids import new_id
@@ -120,17 +121,19 @@ class EvidenceStore(Database):
         environment_key: str,
         capacity_bytes: int,
         batch_size: int | None = None,
+        question: Mapping[str, Any] | None = None,
     ) -> Plan | None:
         """The newest plan that answers exactly this question, or ``None``.
 
-        ``batch_size=None`` asks for a search's plan, a number for a plan of that one size. A failed or unsupported
-        plan is no answer. Raises ``StoreError``.
+        ``batch_size=None`` asks for a search's plan, a number for a plan of that one size; ``question`` is
+        ``Spec.question()``. A failed or unsupported plan is no answer. Raises ``StoreError``.
         """
         query = select(PlanRow).where(
             *_work(PlanRow, spec_hash, variant),
             PlanRow.environment_key == environment_key,
             PlanRow.capacity_bytes == capacity_bytes,
             PlanRow.batch_size.is_not_distinct_from(batch_size),
+            PlanRow.question == convert.canonical(question or {}),
             PlanRow.status == PlanStatus.PLANNED,
         )
         with self._reading() as session:

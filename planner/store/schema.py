@@ -27,7 +27,7 @@ from sqlalchemy import (
 )  # fmt: skip
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
 
-REVISION: Final = "0002"
+REVISION: Final = "0003"
 """The migration that these models belong to (a test holds it to the newest one)."""
 
 VERSION_TABLE: Final = "planner_alembic_version"
@@ -116,6 +116,8 @@ class Evidence:
     precision: Mapped[str] = mapped_column(NAME)
     checkpointing: Mapped[str] = mapped_column(NAME)
     compile: Mapped[str] = mapped_column(NAME)
+    axes: Mapped[str] = mapped_column(Text, server_default="{}")
+    """The variant's further axes as canonical JSON: those that differ from their default."""
     environment_id: Mapped[str] = mapped_column(ForeignKey("environments.id"))
     environment_key: Mapped[str] = mapped_column(HASH)
     gpu: Mapped[str] = mapped_column(Text)
@@ -170,6 +172,9 @@ class PlanRow(Evidence, Base):
     step_time_s: Mapped[float | None] = mapped_column(Double)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON_DATA)
     notes: Mapped[list[str]] = mapped_column(JSON_DATA)
+    question: Mapped[str] = mapped_column(Text, server_default="{}")
+    """``Spec.question()`` as canonical JSON: what was asked beyond the largest batch size."""
+    details: Mapped[dict[str, Any] | None] = mapped_column(JSON_DATA)
 
     trial_links: Mapped[list[PlanTrialRow]] = relationship(order_by="PlanTrialRow.position", lazy="selectin")
 

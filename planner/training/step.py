@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from planner.errors import InvalidSpec, ModelError
-from planner.specs.model import Checkpointing, Compile, Precision, Spec, Variant
+from planner.specs.model import Spec
+from planner.specs.variants import Checkpointing, Compile, Precision, Variant
 from planner.training.data import Batch, make_batch, positional
 from planner.training.optimizers import make_optimizer
 from planner.training.targets import import_target

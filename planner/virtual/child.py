@@ -13,7 +13,7 @@ from planner.allocator import AllocatorConfig, parse_conf
 from planner.errors import ModelError, PlannerError, described
 from planner.processes import serve
 from planner.specs.document import parse_spec
-from planner.specs.model import Checkpointing, Compile, Precision, Variant
+from planner.specs.variants import Variant
 from planner.virtual.prediction import predict_trial
 from planner.virtual.scaling import TraceFamily
 
@@ -31,7 +31,7 @@ class Predictor:
         self,
         *,
         spec: Mapping[str, Any],
-        variant: Mapping[str, str],
+        variant: Mapping[str, Any],
         compute_capability: list[int],
         num_sms: int,
         capacity_bytes: int,
@@ -53,11 +53,7 @@ class Predictor:
             torch_version=(int(major), int(minor)),
         )
         parsed = parse_spec(spec)
-        chosen = Variant(
-            precision=Precision(variant["precision"]),
-            checkpointing=Checkpointing(variant["checkpointing"]),
-            compile=Compile(variant["compile"]),
-        )
+        chosen = Variant.from_dict(variant)
         self._config = parse_conf(allocator_conf)
         self._capacity_bytes, self._device_total_bytes = capacity_bytes, device_total_bytes
         self._family = TraceFamily(lambda size: trace_steps(parsed, chosen, size, architecture))

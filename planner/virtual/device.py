@@ -13,7 +13,8 @@ from planner.errors import ModelError
 from planner.gpus import Gpu
 from planner.processes import Child, ChildDied, describe_exit
 from planner.specs.document import spec_document
-from planner.specs.model import Spec, Variant
+from planner.specs.model import Spec
+from planner.specs.variants import Variant
 from planner.trials import Environment, Interval, Outcome, Peaks, Source, Trial
 
 TIMEOUT_S = 600.0

@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from planner.errors import InvalidSpec
-from planner.specs.model import Compile, Spec, Variant
+from planner.specs.model import Spec
+from planner.specs.variants import Compile, Variant
 from planner.virtual import attention, autocast, backend, recurrent
 from planner.virtual.architecture import Architecture
 from planner.virtual.indices import IndexOutOfRange

@@ -11,10 +11,10 @@ from fastapi import APIRouter, Query
 from planner.errors import InvalidArgument
 from planner.gpus import find_gpu
 from planner.reports import plan_dict
-from planner.specs.model import Checkpointing, Compile, Precision
+from planner.specs.variants import Checkpointing, Compile, Precision
 from planner.store import PlanFilter, Store
 from planner.trials import Plan, Source
-from planner_api.documents import MAX_BATCH_SIZE
+from planner.units import MAX_BATCH_SIZE
 from planner_api.fitting import best_answers, gpus_that_fit
 from planner_api.problems import problem_responses
 from planner_api.routers.jobs import Cursor, PageSize, RecordId

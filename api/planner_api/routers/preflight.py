@@ -11,7 +11,8 @@ from planner.errors import InvalidArgument
 from planner.gpus import Gpu
 from planner.preflight import Verdict, preflight
 from planner.reports import verdict_dict
-from planner.specs.model import Spec, Variant
+from planner.specs.model import Spec
+from planner.specs.variants import Variant
 from planner.targets import check_targets
 from planner.virtual.device import VirtualDevice, VirtualRunner
 from planner_api.documents import PreflightQuestion, read_question
