@@ -95,7 +95,9 @@ class LocalRunner:
     def run(self, batch_size: int, *, fresh: bool = False) -> Trial:
         """Run one trial; every one is in a fresh process, asked for or not."""
         child = self._device.preloaded(self._spec)
+        waiting = time.monotonic()
         self._device.wait_until_idle()
+        idle_s = time.monotonic() - waiting
         started_at, start = datetime.now(UTC), time.monotonic()
         request = {
             "do": "trial",
@@ -114,6 +116,7 @@ class LocalRunner:
                 raise _error_of(reply["raised"])
             if reply["outcome"] == Outcome.FAILED:
                 reply["details"] = {**reply.get("details", {}), "output": child.tail()[-2000:]}
+        reply.setdefault("details", {}).setdefault("timings", {})["idle_s"] = round(idle_s, 4)
         return _trial(batch_size, reply, started_at, time.monotonic() - start)
 
     def __enter__(self) -> Self:

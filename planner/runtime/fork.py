@@ -30,6 +30,8 @@ class Forked:
     returncode: int
     """Negative for a signal, as in ``subprocess``."""
     timed_out: bool = False
+    leaving_s: float = 0.0
+    """From its answer, or its death, to the end of its process: how long CUDA took to give everything back."""
 
     @property
     def description(self) -> str:
@@ -53,13 +55,20 @@ def run_forked(work: Callable[[], Mapping[str, Any]], timeout_s: float) -> Forke
     os.close(writing)
     try:
         text, timed_out = _read(pid, reading, time.monotonic() + timeout_s)
+        answered = time.monotonic()
+        if text.endswith(b"\n"):
+            _let_it_leave(pid)
     finally:
         os.close(reading)
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-    reply = json.loads(text) if text.endswith(b"\n") else None
-    return Forked(reply=reply, returncode=os.waitstatus_to_exitcode(status), timed_out=timed_out)
+    return Forked(
+        reply=json.loads(text) if text.endswith(b"\n") else None,
+        returncode=os.waitstatus_to_exitcode(status),
+        timed_out=timed_out,
+        leaving_s=time.monotonic() - answered,
+    )
 
 
 def _work_and_leave(work: Callable[[], Mapping[str, Any]], writing: int) -> None:
@@ -100,8 +109,6 @@ def _read(pid: int, reading: int, deadline: float) -> tuple[bytes, bool]:
             if time.monotonic() >= deadline:
                 return bytes(text), True
             time.sleep(0.01)
-    else:
-        _let_it_leave(pid)
     return bytes(text), False
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,16 @@ class _Record:
 
     step_times_s: list[float] = field(default_factory=list)
     device_bytes: int = 0
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds spent on starting CUDA (``context_s``), moving the model (``move_s``) and all steps (``steps_s``)."""
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[name] = round(time.perf_counter() - start, 4)
 
 
 def run_trial(
@@ -48,11 +59,12 @@ def run_trial(
     offer, ``DeviceLost``, ``DeviceUnavailable``.
     """
     chosen = Variant.from_dict(variant)
+    record = _Record()
     with Card.open(gpu_uuid) as card:
         used_before = card.used_bytes()
-        device = _limit(capacity_bytes)
+        with record.timing("context_s"):
+            device = _limit(capacity_bytes)
         context_bytes = card.used_bytes() - used_before
-        record = _Record()
         outcome, words = _attempt(spec, model, chosen, batch_size, device, card, record)
         record.device_bytes = max(record.device_bytes, card.used_bytes())
     stats = torch.cuda.memory_stats(device)
@@ -66,7 +78,12 @@ def run_trial(
         },
         "num_alloc_retries": stats.get("num_alloc_retries", 0),
         "step_times_s": record.step_times_s,
-        "details": {"context_bytes": context_bytes, "used_before_bytes": used_before, "num_steps": NUM_STEPS},
+        "details": {
+            "context_bytes": context_bytes,
+            "used_before_bytes": used_before,
+            "num_steps": NUM_STEPS,
+            "timings": record.timings,
+        },
     }
 
 
@@ -108,13 +125,15 @@ def _attempt(
     record: _Record,
 ) -> tuple[Outcome, str | None]:
     try:
-        training = Training(spec, variant, model, device)
-        for _ in range(NUM_STEPS):
-            start = time.perf_counter()
-            training.step(batch_size)
-            torch.cuda.synchronize(device)
-            record.step_times_s.append(time.perf_counter() - start)
-            record.device_bytes = max(record.device_bytes, card.used_bytes())
+        with record.timing("move_s"):
+            training = Training(spec, variant, model, device)
+        with record.timing("steps_s"):
+            for _ in range(NUM_STEPS):
+                start = time.perf_counter()
+                training.step(batch_size)
+                torch.cuda.synchronize(device)
+                record.step_times_s.append(time.perf_counter() - start)
+                record.device_bytes = max(record.device_bytes, card.used_bytes())
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the border to the user's model: it can raise anything
         return _judge(error)
     return Outcome.FITS, None

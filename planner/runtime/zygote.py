@@ -41,6 +41,7 @@ class Zygote:
             return {"outcome": "failed", "error": f"the trial's process {forked.description}"}
         if "ok" in forked.reply:
             body: dict[str, Any] = forked.reply["ok"]
+            body.setdefault("details", {}).setdefault("timings", {})["leaving_s"] = round(forked.leaving_s, 4)
             return body
         error = forked.reply["error"]
         if error["code"] == InternalError.code:
