@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, int, dict[str, list[str]]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--finder", nargs="+", default=list(FINDERS), choices=list(FINDERS), metavar="NAME")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     parser.add_argument("--seconds", type=float, default=500.0, help="start nothing after so many")
@@ -66,7 +66,10 @@ def main() -> None:
         os._exit(0)
     deadline = time.monotonic() + arguments.seconds
     results: list[dict[str, Any]] = []
-    for case in arguments.cases:
+    unknown = sorted({*arguments.cases} - CASES.keys())
+    if unknown:
+        parser.error(f"no such case: {', '.join(unknown)}")
+    for case in arguments.cases or CASES:
         for finder in arguments.finder:
             if (case == "sweep" and finder != "planner") or time.monotonic() > deadline:
                 continue
@@ -178,7 +181,8 @@ def ours(spec: Spec, capacity_bytes: int) -> dict[str, Any]:
                 "began_s": round(began[index], 2), "ended_s": round(ended[index], 2),
                 "trials": [
                     {"batch_size": trial.batch_size, "outcome": trial.outcome,
-                     "asked_s": round(asked[plan.variant, trial.batch_size], 2), "duration_s": round(trial.duration_s, 3),
+                     "asked_s": round(asked[plan.variant, trial.batch_size], 2),
+                     "duration_s": round(trial.duration_s, 3),
                      "step_times_s": [round(s, 3) for s in trial.step_times_s],
                      "timings": trial.details.get("timings"), "fresh_process": trial.fresh_process}
                     for trial in plan.trials
