@@ -26,11 +26,11 @@ from typing import Any
 
 sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "examples")]
 
-from planner.errors import PlannerError
+from planner.errors import DeviceUnavailable, PlannerError
 from planner.local_gpus import local_gpus
 from planner.planning import plan_sweep
 from planner.progress import Progress, TrialStarted, VariantFinished, VariantStarted
-from planner.selection import choose_device
+from planner.selection import Selected, choose_device
 from planner.specs.document import parse_spec
 from planner.specs.files import read_document
 from planner.specs.model import Spec
@@ -122,8 +122,7 @@ def verify(case: str, results: list[dict[str, Any]], deadline: float) -> None:
     spec, capacity_bytes = load(case)
     (variant,) = spec.variants.product()
     seen: dict[int, str] = {}
-    device = choose_device(None, capacity_bytes, predicted_only=False).device
-    with device.open(spec, variant) as runner:
+    with real_gpu(capacity_bytes).device.open(spec, variant) as runner:
         for result in results:
             answer = result.get("answer")
             for size in (answer, answer + 1) if answer else ():
@@ -131,6 +130,13 @@ def verify(case: str, results: list[dict[str, Any]], deadline: float) -> None:
                     seen[size] = str(runner.run(size, fresh=True).outcome)
             if answer:
                 result["answer_runs"], result["next_runs"] = seen.get(answer), seen.get(answer + 1)
+
+
+def real_gpu(capacity_bytes: int) -> Selected:
+    selected = choose_device(None, capacity_bytes, predicted_only=False)
+    if selected.predictor is None:
+        raise DeviceUnavailable("no GPU is here, and finders are compared on a real one")
+    return selected
 
 
 def report(results: list[dict[str, Any]]) -> None:
@@ -159,7 +165,7 @@ def ours(spec: Spec, capacity_bytes: int) -> dict[str, Any]:
     """The whole sweep, as ``planner probe`` runs it without a store; ``variants`` has each one's seconds."""
     events: list[tuple[float, Progress]] = []
     start = time.monotonic()
-    selected = choose_device(None, capacity_bytes, predicted_only=False)
+    selected = real_gpu(capacity_bytes)
     plans = plan_sweep(
         spec,
         selected.device,
