@@ -47,14 +47,19 @@ class Kernels:
 
     def layout(self, call: Call, thread: str) -> Iterator[Step]:
         """The allocations and frees of ``call``, made by the autograd engine's thread or by the main one."""
+        yield from self.of_call(call)
+        yield from self.of_handles(call.packet, thread)
+
+    def of_call(self, call: Call) -> Iterator[Step]:
+        """What the kernels of ``call`` themselves allocate and free: the same for an equal call."""
         rule = _RULES.get(call.packet)
-        if rule is None:
-            yield from _outputs(call)
-        else:
-            yield from rule(call, self.architecture)
-        if call.packet in _GEMMS:
+        return _outputs(call) if rule is None else rule(call, self.architecture)
+
+    def of_handles(self, packet: Any, thread: str) -> Iterator[Step]:
+        """What the libraries that ``packet`` calls keep from the first call on each thread."""
+        if packet in _GEMMS:
             yield from self._workspace("cublas", thread, self.architecture.cublas_workspace_bytes)
-            if call.packet is aten.addmm:
+            if packet is aten.addmm:
                 yield from self._workspace("cublaslt", thread, self.architecture.cublaslt_workspace_bytes)
 
     def _workspace(self, library: str, thread: str, size: int) -> Iterator[Step]:

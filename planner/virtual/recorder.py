@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import threading
 import weakref
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -15,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from planner.errors import ModelError
-from planner.virtual import values
+from planner.virtual import repeats, values
 from planner.virtual.backend import NAME, kernels_beside_decompositions
 from planner.virtual.indices import check_indices
-from planner.virtual.kernels import Call, Kernels, is_modelled
+from planner.virtual.kernels import Call, Kernels, Step, is_modelled
 from planner.virtual.trace import Doubt, Formula, Trace
 
 aten = torch.ops.aten
@@ -28,6 +30,7 @@ _GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)
 _WRAPPERS = {"torch._compile", "torch._dynamo.eval_frame", "torch.utils._python_dispatch", __name__}
 """Modules whose frames stand between the engine and ``Recorder.__torch_dispatch__``: torch wraps each dispatch."""
 _ZERO = {torch.bool: False, torch.int64: 0, torch.int32: 0, torch.uint8: 0}
+_DEVICE = torch.ops.prim.device.default
 _READS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
 
 
@@ -58,6 +61,16 @@ def _is_composite(func: Any) -> bool:
     )
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What is known of an operator call from an equal one before it."""
+
+    answer: repeats.Answer
+    sizes: list[int] | None = None
+    """Bytes of the new storages that ``steps`` were given for."""
+    steps: list[Step] = field(default_factory=list)
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs above ``FakeTensorMode``: sees each operator that a CUDA kernel would serve.
 
@@ -70,13 +83,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.kernels = kernels
         self._live: dict[int, Any] = {}
+        self._answers: dict[repeats.Key, _Seen] = {}
         self._main = threading.get_ident()
         self.in_optimizer = False
         """Whether an optimizer takes its step: what it reads scales its update, and no size follows from it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # a question about the tensor (its device), not work
+        if func.namespace == "prim":  # a question about the tensor, not work
+            if func is _DEVICE and isinstance(args[0], FakeTensor):  # the engine asks it of each gradient several times
+                return args[0].device
             return func(*args, **kwargs)
         if _is_composite(func):  # reached undecomposed, as in inference mode: its parts are what a kernel serves
             with self:
@@ -100,6 +116,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # subclass's.
             self._record(func, args, kwargs, args[0])
             return args[0]
+        repeated = repeats.described(func, args, kwargs)
+        if repeated is not None:
+            seen = self._answers.get(repeated.key)
+            if seen is not None:
+                outputs = seen.answer.made(repeated)
+                self._record(func, args, kwargs, outputs, seen)
+                return outputs
         check_indices(func, args)
         real = values.compute_values(func, args, kwargs)
         if real is values.UNKNOWN:
@@ -118,10 +141,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         values.adopt_constants(outputs)
         if real is not values.UNKNOWN:
             values.attach_values(outputs, real)
-        self._record(func, args, kwargs, outputs)
+        seen = None
+        # What an operator does to its arguments' own layout or values, no answer tells.
+        if repeated is not None and real is values.UNKNOWN and repeats.described(func, args, kwargs) == repeated:
+            answer = repeats.answer_of(repeated, outputs)
+            if answer is not None:
+                seen = self._answers[repeated.key] = _Seen(answer)
+        self._record(func, args, kwargs, outputs, seen)
         return outputs
 
-    def _record(self, func: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+    def _record(self, func: Any, args: Any, kwargs: Any, outputs: Any, seen: _Seen | None = None) -> None:
         leaves = (outputs,) if isinstance(outputs, torch.Tensor) else tree_leaves(outputs)
         born: list[tuple[torch.UntypedStorage, int]] = []
         touched = False
@@ -140,8 +169,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name
         trace = self.trace
         temporaries: list[int] = []
-        call = Call(func._overloadpacket, args, kwargs, [size for _, size in born])
-        for kind, value in self.kernels.layout(call, self._thread()):
+        packet, sizes = func._overloadpacket, [size for _, size in born]
+        if seen is not None and seen.sizes == sizes:
+            steps = seen.steps
+        else:
+            steps = list(self.kernels.of_call(Call(packet, args, kwargs, sizes)))
+            if seen is not None:
+                seen.sizes, seen.steps = sizes, steps
+        for kind, value in itertools.chain(steps, self.kernels.of_handles(packet, self._thread())):
             if kind == "output":
                 assert isinstance(value, int)
                 self._birth(*born[value], name)
@@ -156,7 +191,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     temporaries.append(block)
                 if kind == "workspace":
                     trace.optional.add(block)
-        if not is_modelled(func._overloadpacket):
+        if not is_modelled(packet):
             involved = tree_leaves((args, kwargs, outputs))
             touched_bytes = sum(item.numel() * item.element_size() for item in involved if isinstance(item, FakeTensor))
             trace.doubts.append(Doubt(name.removeprefix("aten::"), Formula(int, (touched_bytes,)), modelled=False))

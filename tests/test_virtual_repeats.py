@@ -1,0 +1,99 @@
+"""Operator calls that repeat are answered as the first one was, and only where the answer must be the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.virtual_child import Process
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Process]:
+    with Process() as process:
+        yield process
+
+
+def test_a_repeated_view_shares_the_storage_of_its_own_tensor(process: Process) -> None:
+    code = """
+first, second = torch.empty(4, 6, device=device), torch.empty(4, 6, device=device)
+views = [item.t()[1:, ::2] for item in (first, second)]
+result = [
+    [view.untyped_storage()._cdata == item.untyped_storage()._cdata for item in (first, second)] for view in views
+] + [[list(view.shape), list(view.stride()), view.storage_offset()] for view in views]
+"""
+    one, two, first, second = process.run(code)
+    assert (one, two) == ([True, False], [False, True])
+    assert first == second == [[5, 2], [1, 12], 1]
+
+
+def test_a_repeated_result_is_allocated_and_freed_again(process: Process) -> None:
+    code = """
+x = torch.empty(1000, device=device)
+for _ in range(3):
+    y = x * 2.0
+    del y
+result = [len(trace.sizes), len(trace.events)]
+"""
+    assert process.run(code) == [4, 7]
+
+
+def test_a_repeated_kernel_takes_its_temporaries_again(process: Process) -> None:
+    code = """
+x = torch.empty(4096, 768, device=device, dtype=torch.bfloat16)
+sums = []
+for _ in range(2):
+    before = len(trace.sizes)
+    x.sum(0)
+    sums.append(list(trace.sizes[before:]))
+result = sums
+"""
+    first, second = process.run(code)
+    assert first == second
+    assert 25_165_824 in first, "the recorded buffer of partial sums"
+
+
+def test_equal_numbers_of_other_types_make_other_dtypes(process: Process) -> None:
+    code = """
+x = torch.empty(4, device=device, dtype=torch.int64)
+result = [str((x + number).dtype) for number in (1, 1.0, True)]
+"""
+    assert process.run(code) == ["torch.int64", "torch.float32", "torch.int64"]
+
+
+def test_an_operator_that_changes_its_argument_does_so_every_time(process: Process) -> None:
+    code = """
+found = []
+for _ in range(2):
+    x = torch.empty(2, 3, device=device)
+    x.t_()
+    y = torch.empty(0, device=device).resize_(5, 7)
+    found.append([list(x.shape), list(y.shape)])
+result = found
+"""
+    assert process.run(code) == [[[3, 2], [5, 7]]] * 2
+
+
+def test_a_known_mask_is_looked_at_every_time(process: Process) -> None:
+    code = """
+x = torch.empty(4, 3, device=device)
+masks = [torch.tensor(mask, device=device) for mask in ([True, False, False, True], [True, True, True, False])]
+result = [list(x[mask].shape) for mask in masks]
+"""
+    assert process.run(code) == [[2, 3], [3, 3]]
+
+
+def test_a_known_value_is_forgotten_when_it_is_written_over(process: Process) -> None:
+    code = """
+found = []
+for _ in range(2):
+    counter = torch.zeros(1, device=device)
+    counter += torch.empty(1, device=device)
+    try:
+        found.append(counter.item())
+    except Exception as error:
+        found.append(type(error).__name__)
+result = found
+"""
+    assert process.run(code) == ["ModelError", "ModelError"]
