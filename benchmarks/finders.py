@@ -277,7 +277,7 @@ def _plain(spec: Spec, capacity_bytes: int) -> tuple[Any, Any]:
     """The model on the CPU and a dataset that repeats one sample, with the caching allocator limited."""
     import torch
 
-    from planner.runtime.trial import memory_fraction
+    from planner.runtime.context import memory_fraction
     from planner.training import build_model
     from planner.training.data import make_batch
 

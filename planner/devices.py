@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -37,6 +38,13 @@ class Device(Protocol):
 
     def environment(self, spec: Spec) -> Environment:
         """What the evidence of this spec's trials here is recorded with; cheap, imports no torch."""
+        ...
+
+    def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None:
+        """Start what trials of these variants will need and return at once: it gets ready beside the caller's work.
+
+        What is wrong shows when a trial is run.
+        """
         ...
 
     def open(self, spec: Spec, variant: Variant) -> TrialRunner: ...

@@ -146,7 +146,11 @@ def plan_sweep(
         work = _VariantWork(spec, variant, device, environment, store, batch_size, fresh, listener, should_stop, worker)
         work.compare_at = _size_without_checkpointing(variant, plans)
         try:
-            plan = work.stored_plan() or work.plan(predict_start)
+            plan = work.stored_plan()
+            if plan is None:
+                for each in (device, *([predict_start] if predict_start and batch_size is None else [])):
+                    each.prepare(spec, variants[index:])
+                plan = work.plan(predict_start)
         except _Stopped:
             return tuple(plans)
         plans.append(plan)
@@ -174,6 +178,8 @@ class _VariantWork:
     read_back: dict[int, StoredTrial] = field(default_factory=dict)
     """Stored trials that can stand in for running them again, by batch size."""
     num_read_back: int = 0
+    predicted_failure: str | None = None
+    """Why the virtual GPU could not answer either: it knows more of an index out of range than a real one tells."""
     compare_at: int | None = None
     """A batch size of another variant that predictions are made at too, so that the two can be compared."""
 
@@ -203,7 +209,7 @@ class _VariantWork:
                 opened = self.device.open(self.spec, self.variant)
             with opened as runner:
                 if self.batch_size is not None:
-                    plan = self._plan_one(runner, self.batch_size)
+                    plan = self._plan_one(runner, self.batch_size, predict_start)
                 else:
                     plan = self._plan_search(runner, self._predicted(predict_start))
         except _Unanswered as unanswered:
@@ -227,17 +233,25 @@ class _VariantWork:
                 self.read_back[stored.trial.batch_size] = stored
 
     def _predicted(self, predictor: Device | None) -> Plan | None:
-        """Where the search is expected to end; ``None`` when nothing could be predicted."""
+        """What is expected to come out; ``None`` when nothing could be predicted.
+
+        Raises ``InvalidSpec`` as the real device would, or could not: what an index out of range does to a real GPU
+        says nothing of where it comes from.
+        """
         if predictor is None:
             return None
         work = _VariantWork(
-            self.spec, self.variant, predictor, predictor.environment(self.spec), self.store, None, self.fresh,
-            _nobody, self.should_stop, self.worker,
+            self.spec, self.variant, predictor, predictor.environment(self.spec), self.store, self.batch_size,
+            self.fresh, _nobody, self.should_stop, self.worker,
         )  # fmt: skip
         try:
             plan = work.stored_plan() or work.plan(None)
+        except InvalidSpec:
+            raise
         except (InvalidInput, DeviceError):
             return None  # the real device says what is wrong, if it is
+        if plan.status is PlanStatus.FAILED and plan.error is not None:
+            self.predicted_failure = str(plan.error["message"])
         return plan if plan.status is PlanStatus.PLANNED else None
 
     def _plan_search(self, runner: TrialRunner, predicted: Plan | None) -> Plan:
@@ -269,12 +283,13 @@ class _VariantWork:
         high = result.first_oom_batch_size
         self._run(runner, Ask(batch_size=size, fresh=False, low=largest, high=high, remaining_trials=1))
 
-    def _plan_one(self, runner: TrialRunner, batch_size: int) -> Plan:
+    def _plan_one(self, runner: TrialRunner, batch_size: int, predictor: Device | None) -> Plan:
         ask = Ask(batch_size=batch_size, fresh=self.is_measured, low=0, high=None, remaining_trials=1)
         trial = self._run(runner, ask)
         if trial.outcome is Outcome.FAILED:
             trial = self._run(runner, ask)
         if trial.outcome is Outcome.FAILED:
+            self._predicted(predictor)
             return self._failed(trial, ())
         return self._answer(trial, _notes_of([trial]), batch_size=batch_size, fits=trial.fits)
 
@@ -353,7 +368,10 @@ class _VariantWork:
         )
 
     def _failed(self, failure: Trial, notes: Sequence[str]) -> Plan:
-        why = TrialFailed(f"batch size {failure.batch_size} failed twice: {failure.error or 'no reason was given'}")
+        words = f"batch size {failure.batch_size} failed twice: {failure.error or 'no reason was given'}"
+        if self.predicted_failure:
+            words = f"{words}; on the virtual GPU: {self.predicted_failure}"
+        why = TrialFailed(words)
         return replace(self._base(), status=PlanStatus.FAILED, error=why.as_dict(), notes=tuple(notes))
 
     def _unanswered(self, error: PlannerError) -> Plan:

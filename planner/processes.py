@@ -109,6 +109,7 @@ class Child:
         self.process = process
         self._replies = replies
         self._buffer = bytearray()
+        self._outgoing = b""
         self._tail = bytearray()
         os.set_blocking(replies, False)
         os.set_blocking(process.stdin.fileno(), False)
@@ -164,9 +165,19 @@ class Child:
         ``ChildTimeout`` or ``ChildGarbled``. An interrupted wait (Ctrl-C) kills the child too: its late reply would be
         taken for the answer to the next request.
         """
-        outgoing = json.dumps(message).encode() + b"\n"
+        self.send(message)
+        return self.receive(timeout_s)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send one request and return at once, so that the child works beside the caller; ``receive`` must follow."""
+        self._outgoing = json.dumps(message).encode() + b"\n"
+        if self._replies >= 0:
+            self._write_some()
+
+    def receive(self, timeout_s: float) -> dict[str, Any]:
+        """The reply to what was sent last; raises as ``request`` does."""
         try:
-            line = self._exchange(outgoing, time.monotonic() + timeout_s)
+            line = self._exchange(time.monotonic() + timeout_s)
         except BaseException:
             self.kill()
             raise
@@ -218,8 +229,18 @@ class Child:
         error.returncode = code
         return error
 
-    def _exchange(self, outgoing: bytes, deadline: float) -> bytes | None:
-        """Write the request while watching for a reply; one reply line, or ``None`` at the deadline."""
+    def _write_some(self) -> None:
+        """As much of the request as the pipe takes now. A child that has died is found out by reading."""
+        assert self.process.stdin is not None
+        try:
+            self._outgoing = self._outgoing[os.write(self.process.stdin.fileno(), self._outgoing) :]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            self._outgoing = b""
+
+    def _exchange(self, deadline: float) -> bytes | None:
+        """Write what is left of the request while watching for a reply; one reply line, or ``None`` at the deadline."""
         if self._replies < 0:
             raise self._died()
         assert self.process.stdin is not None
@@ -235,7 +256,7 @@ class Child:
             # poll, not select: a busy service has descriptors above 1024.
             waiting = select.poll()
             waiting.register(self._replies, select.POLLIN)
-            if outgoing:
+            if self._outgoing:
                 waiting.register(requests, select.POLLOUT)
             ready = [fd for fd, _ in waiting.poll(wait_s * 1000)]
             if self._replies in ready:
@@ -244,10 +265,7 @@ class Child:
                     raise self._died()
                 self._buffer += chunk
             elif requests in ready:
-                try:
-                    outgoing = outgoing[os.write(requests, outgoing) :]
-                except BrokenPipeError:
-                    raise self._died() from None
+                self._write_some()
             elif self._has_exited():  # a grandchild may hold the reply pipe open
                 raise self._died()
 

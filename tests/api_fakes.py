@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -70,6 +70,8 @@ class ThresholdDevice:
 
     def environment(self, spec: Spec) -> Environment:
         return environment(self._gpu)
+
+    def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None: ...
 
     def open(self, spec: Spec, variant: Variant) -> ThresholdRunner:
         return ThresholdRunner(self)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,6 +55,8 @@ class Card:
             source=Source.MEASURED, gpu="h200", gpu_name="NVIDIA H200", gpu_uuid="GPU-1", total_bytes=141 * GIB,
             driver_version="580.159.04", cuda_version="13.0", torch_version="2.13.0", planner_version="0.1.0",
         )  # fmt: skip
+
+    def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None: ...
 
     def open(self, spec: Spec, variant: Variant) -> CardRunner:
         return CardRunner(self, variant)

@@ -60,6 +60,10 @@ class ThresholdDevice:
         self.script = {key: list(value) for key, value in (script or {}).items()}
         self.runs: list[tuple[Variant, int, bool]] = []
         self.num_open = 0
+        self.prepared: list[tuple[Variant, ...]] = []
+
+    def prepare(self, spec, variants):
+        self.prepared.append(tuple(variants))
 
     def environment(self, spec):
         return make_environment(self.source)

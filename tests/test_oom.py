@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.errors import DeviceLost, InvalidSpec, ModelError
-from planner.runtime.trial import _judge, memory_fraction
+from planner.runtime.context import memory_fraction
+from planner.runtime.trial import _judge
 from planner.training.oom import is_gpu_fault, is_gpu_lost, is_out_of_memory
 from planner.trials import Outcome
 

@@ -60,6 +60,40 @@ def test_checkpointing_is_predicted_at_the_largest_size_without_it_too():
     assert measured.sizes(FP32_FULL)[-1] == 1001
 
 
+def test_devices_are_told_which_variants_come():
+    device, virtual = ThresholdDevice(9), ThresholdDevice(9, source=PREDICTED)
+    plan_sweep(make_spec(*TWO), device, predict_start=virtual)
+    assert device.prepared == virtual.prepared == [(FP32, BF16), (BF16,)]
+    virtual.prepared.clear()
+    plan_sweep(make_spec(), device, predict_start=virtual, batch_size=3)
+    assert virtual.prepared == []
+
+
+def test_nothing_is_prepared_for_a_stored_answer():
+    store, device = MemoryStore(), ThresholdDevice(9)
+    for _ in range(2):
+        plan_sweep(make_spec(), device, store=store)
+    assert len(device.prepared) == 1
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_what_a_gpu_cannot_explain_the_virtual_one_does(batch_size):
+    at = batch_size or 1
+    device = ThresholdDevice(9, script={(FP32, at): [Outcome.FAILED, Outcome.FAILED]})
+    error = InvalidSpec("40 tokens are more than the model has positions for", field="data.sequence_length")
+    virtual = ThresholdDevice(9, source=PREDICTED, script={(FP32, at): [error]})
+    with pytest.raises(InvalidSpec, match="40 tokens"):
+        plan_sweep(make_spec(), device, predict_start=virtual, batch_size=batch_size)
+    error = ModelError("embedding looks up index 50 of 50: out of range", field="model")
+    virtual = ThresholdDevice(9, source=PREDICTED, script={(FP32, at): [error]})
+    device = ThresholdDevice(9, script={(FP32, at): [Outcome.FAILED, Outcome.FAILED]})
+    (plan,) = plan_sweep(make_spec(), device, predict_start=virtual, batch_size=batch_size)
+    assert plan.error["message"] == (
+        f"batch size {at} failed twice: cuDNN error: CUDNN_STATUS_EXECUTION_FAILED; on the virtual GPU: embedding "
+        "looks up index 50 of 50: out of range"
+    )
+
+
 def test_nothing_fits():
     (plan,) = plan_sweep(make_spec(), ThresholdDevice(0))
     assert (plan.max_batch_size, plan.first_oom_batch_size, plan.peaks, plan.certified) == (0, 1, None, True)

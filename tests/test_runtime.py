@@ -12,9 +12,9 @@ import pytest
 from planner.errors import DeviceBusy, DeviceLost, DeviceUnavailable, InvalidSpec, ModelError
 from planner.local_gpus import local_gpus
 from planner.planning import plan_sweep
-from planner.runtime.card import Card, wait_until_idle
+from planner.runtime.card import Card, Held, wait_until_idle
 from planner.runtime.device import LocalDevice
-from planner.runtime.fork import run_forked
+from planner.runtime.fork import Fork
 from planner.specs.model import ModelSource, ModelSpec
 from planner.trials import Outcome, PlanStatus, Source
 from planner.units import GIB, MIB
@@ -62,7 +62,7 @@ def make_device():
 
     def make(**changes):
         (local,) = local_gpus({}, fake_nvml())
-        given = {"child_module": "tests.runtime_child", "wait_idle": lambda uuid, needed: None, "trial_timeout_s": 20}
+        given = {"child_module": "tests.runtime_child", "wait_idle": lambda *_: None, "trial_timeout_s": 20}
         made.append(LocalDevice(local, 16 * GIB, **{**given, **changes}))
         return made[-1]
 
@@ -71,12 +71,12 @@ def make_device():
         device.close()
 
 
-def test_every_trial_is_a_fresh_fork_of_one_preloaded_process(make_device):
+def test_a_fresh_trial_is_a_fork_of_one_preloaded_process(make_device):
     device = make_device()
     with device.open(make_spec(), BF16) as runner:
-        trials = [runner.run(size) for size in (3, 4)]
+        trials = [runner.run(size, fresh=True) for size in (3, 4)]
     with device.open(make_spec(), FP32) as runner:
-        trials.append(runner.run(5))
+        trials.append(runner.run(5, fresh=True))
     details = [trial.details for trial in trials]
     assert [found["trials"] for found in details] == [1, 1, 1]
     assert len({found["pid"] for found in details}) == 3
@@ -89,6 +89,44 @@ def test_every_trial_is_a_fresh_fork_of_one_preloaded_process(make_device):
     assert (trial.outcome, trial.source, trial.fresh_process) == (Outcome.FITS, Source.MEASURED, True)
     assert (trial.peaks.device_bytes, trial.num_alloc_retries, trial.step_time_s) == (3, 4, 0.1)
     assert trial.started_at.tzinfo is not None
+    assert set(trial.details["timings"]) == {"idle_s", "leaving_s"}
+
+
+def test_trials_that_need_not_be_fresh_share_a_warm_process(make_device):
+    seen = []
+    device = make_device(wait_idle=lambda uuid, needed, held: seen.append(held))
+    with device.open(make_spec(), BF16) as runner:
+        trials = [runner.run(size) for size in (3, 4, 10)] + [runner.run(5, fresh=True), runner.run(6)]
+    details = [trial.details for trial in trials]
+    assert [found["trials"] for found in details] == [1, 2, 3, 1, 1]
+    assert [trial.fresh_process for trial in trials] == [True, False, False, True, True]
+    assert len({found["pid"] for found in details}) == 3
+    warm = Held(pids=(details[0]["pid"], 4242), bytes=7)  # the ids that the driver knows it by too
+    assert seen == [Held(), warm, warm, Held(), Held()]
+    assert all(gone(found["pid"]) for found in details)  # the last one with its runner
+
+
+def test_a_warm_process_that_is_not_clean_any_more_is_replaced(make_device):
+    with make_device().open(make_spec(), BF16) as runner:
+        trials = [runner.run(size) for size in (3, 7, 3)]
+    assert [trial.fresh_process for trial in trials] == [True, False, True]
+    assert trials[0].details["pid"] == trials[1].details["pid"] != trials[2].details["pid"]
+
+
+def test_a_warm_process_serves_one_variant(make_device):
+    device = make_device()
+    with device.open(make_spec(), BF16) as first, device.open(make_spec(), FP32) as second:
+        trials = [first.run(3), second.run(3)]
+    assert [trial.fresh_process for trial in trials] == [True, True]
+
+
+def test_a_fault_in_the_warm_process_is_one_failed_trial(make_device):
+    with make_device().open(make_spec(), FP32) as runner:
+        before, failed, after = runner.run(3), runner.run(102), runner.run(3)
+    assert failed.outcome is Outcome.FAILED
+    assert not failed.fresh_process
+    assert (after.fits, after.fresh_process) == (True, True)
+    assert gone(before.details["pid"])
 
 
 def test_out_of_memory_is_an_outcome(make_device):
@@ -121,6 +159,25 @@ def test_a_trial_that_dies_is_one_failed_trial_and_the_next_one_runs(make_device
 def test_a_segfault_leaves_its_traceback_as_evidence(make_device):
     with make_device().open(make_spec(), FP32) as runner:
         assert "string_at" in runner.run(102).details["output"]
+
+
+def test_what_a_trial_leaves_running_is_killed(make_device):
+    with make_device().open(make_spec(), FP32) as runner:
+        output = runner.run(109).details["output"]
+        left = [int(word) for word in output.split() if word.isdigit()]
+        assert len(left) == 2
+        assert all(gone(pid) for pid in left)
+        assert runner.run(3).fits
+
+
+def test_preparing_starts_the_preloaded_process_and_does_not_wait(make_device, tmp_path, monkeypatch):
+    monkeypatch.setenv("GATE", str(tmp_path / "gate"))
+    device = make_device(child_module="tests.runtime_slow_child")
+    device.prepare(make_spec(), ())
+    device.prepare(make_spec(), ())
+    (tmp_path / "gate").touch()
+    with device.open(make_spec(), FP32) as runner:
+        assert runner.run(3).fits
 
 
 def test_a_trial_that_hangs_is_killed_and_the_preloaded_process_lives(make_device):
@@ -167,7 +224,7 @@ def test_what_building_the_model_raises_is_raised(make_device):
 
 def test_the_preloaded_process_goes_with_its_device(make_device):
     (local,) = local_gpus({}, fake_nvml())
-    device = LocalDevice(local, GIB, child_module="tests.runtime_child", wait_idle=lambda uuid, needed: None)
+    device = LocalDevice(local, GIB, child_module="tests.runtime_child", wait_idle=lambda *_: None)
     with device.open(make_spec(), FP32) as runner:
         pid = runner.run(1).details["zygote"]
     del device, runner
@@ -176,7 +233,7 @@ def test_the_preloaded_process_goes_with_its_device(make_device):
 
 
 def test_a_busy_card_is_not_measured(make_device):
-    def wait_idle(uuid, needed_bytes):
+    def wait_idle(uuid, needed_bytes, held):
         assert uuid == UUID
         assert needed_bytes > 16 * GIB
         raise DeviceBusy("busy")
@@ -205,15 +262,19 @@ def test_a_torch_without_cuda_says_so(make_device):
 def test_a_fork_changes_nothing_here():
     state = {"n": 0}
 
-    def work():
-        state["n"] += 1
+    def work(request):
+        state["n"] += request["by"]
         os.environ["FORKED"] = "1"
         return {"n": state["n"], "big": "x" * 300_000}
 
-    forked = run_forked(work, 10)
-    assert (forked.reply["n"], len(forked.reply["big"]), forked.returncode) == (1, 300_000, 0)
+    fork = Fork.start(work)
+    first, second = fork.ask({"by": 1}, 10), fork.ask({"by": 2}, 10)
+    fork.end()
+    fork.end()
+    assert (first["n"], second["n"], len(first["big"]), fork.ending) == (1, 3, 300_000, "ended with exit status 0")
     assert state == {"n": 0}
     assert "FORKED" not in os.environ
+    assert gone(fork.pid)
 
 
 def test_an_idle_card_is_accepted_at_once_and_nvml_is_closed():
@@ -225,6 +286,14 @@ def test_an_idle_card_is_accepted_at_once_and_nvml_is_closed():
 def test_a_card_that_becomes_free_is_waited_for():
     nvml = fake_nvml(busy=[([4242], 900), ([4242], 900), ([], 3)])
     wait_until_idle(UUID, GIB, wait_s=5, nvml=nvml)
+
+
+def test_what_is_held_on_purpose_is_no_reason_to_wait():
+    nvml = fake_nvml(busy=[([4242], 60_000)])
+    held = Held(pids=(4242,), bytes=60_000 * MIB)
+    wait_until_idle(UUID, 140 * GIB, held, wait_s=0, nvml=nvml)
+    with pytest.raises(DeviceBusy, match=r"\(4242\)"):
+        wait_until_idle(UUID, 140 * GIB, Held(pids=(1,)), wait_s=0, nvml=nvml)
 
 
 def test_another_process_on_the_card_is_named():

@@ -62,27 +62,40 @@ class Card:
             self.nvml.nvmlShutdown()
 
 
-def wait_until_idle(uuid: str, needed_bytes: int, *, wait_s: float = _WAIT_S, nvml: Any = pynvml) -> None:
-    """Return once nothing else computes on the card and ``needed_bytes`` of it are free.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What a process of ours holds on the card on purpose."""
+
+    pids: tuple[int, ...] = ()
+    """All ids that it goes by."""
+    bytes: int = 0
+
+
+def wait_until_idle(
+    uuid: str, needed_bytes: int, held: Held | None = None, *, wait_s: float = _WAIT_S, nvml: Any = pynvml
+) -> None:
+    """Return once nothing else computes on the card and ``needed_bytes`` of it are free, what is ``held`` included.
 
     The process of the last trial takes a moment to go, and so may somebody else's: after ``wait_s`` ``DeviceBusy`` is
     raised, for a busy card is never silently measured. A display may keep some memory as long as enough is left.
     """
     deadline = time.monotonic() + wait_s
     with Card.open(uuid, nvml) as card:
-        while (why := _busy(card, needed_bytes)) is not None:
+        pause_s = 0.005
+        while (why := _busy(card, needed_bytes, held or Held())) is not None:
             if time.monotonic() >= deadline:
                 raise DeviceBusy(f"{why}; waited {wait_s:g} s for it")
-            time.sleep(min(0.25, wait_s))
+            time.sleep(min(pause_s, wait_s))
+            pause_s = min(2 * pause_s, 0.25)  # the last trial's process is gone in milliseconds, a stranger's is not
 
 
-def _busy(card: Card, needed_bytes: int) -> str | None:
-    others = [pid for pid in card.compute_processes() if pid != os.getpid()]
-    used = card.used_bytes()
+def _busy(card: Card, needed_bytes: int, held: Held) -> str | None:
+    others = {*card.compute_processes()} - {os.getpid(), *held.pids}
+    used = card.used_bytes() - held.bytes
     if others:
         listed = ", ".join(map(str, sorted(others)))
         return f"other processes compute on this GPU ({listed}) and hold {format_bytes(used)} of it"
-    if used > IDLE_BYTES and card.free_bytes() < needed_bytes:
+    if used > IDLE_BYTES and card.free_bytes() + held.bytes < needed_bytes:
         return f"other processes hold {format_bytes(used)} of this GPU and {format_bytes(needed_bytes)} are needed"
     return None
 

@@ -18,11 +18,13 @@ from planner.specs.document import parse_spec
 from planner.specs.model import Spec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Built:
     spec: Spec
     model: Any
     """A ``torch.nn.Module`` on the CPU. A trial may change it: it has a copy of the whole process."""
+    process: Any = None
+    """In a fork: its ``TrialProcess``."""
 
 
 def build(document: Mapping[str, Any]) -> Built:
@@ -38,6 +40,9 @@ def build(document: Mapping[str, Any]) -> Built:
             "install a CUDA build, or use planner predict"
         )
     torch.set_num_threads(1)
+    # What a trial would import by itself; the first optimizer of a process imports the second (torch/_compile.py).
+    import torch._dynamo
+
     from planner.training import build_model
 
     spec = parse_spec(document)
@@ -50,9 +55,12 @@ def build(document: Mapping[str, Any]) -> Built:
 
 
 def run_trial(built: Built, **request: Any) -> Mapping[str, Any]:
-    from planner.runtime.trial import run_trial
+    from planner.runtime.trial import TrialProcess
 
-    return run_trial(built.spec, built.model, **request)
+    if built.process is None:
+        built.process = TrialProcess(built.spec, built.model)
+    result: Mapping[str, Any] = built.process.run(**request)
+    return result
 
 
 def main() -> None:

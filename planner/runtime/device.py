@@ -1,10 +1,11 @@
-"""The real GPU as a ``Device``: each trial a fresh process under the capacity. The parent's side: no torch, no CUDA."""
+"""The real GPU as a ``Device``: trials in processes of their own, under the capacity. The parent's side: no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +15,7 @@ from planner.errors import error_from_dict
 from planner.gpus import Gpu, default_capacity_bytes
 from planner.local_gpus import LocalGpu
 from planner.processes import Child, ChildError
-from planner.runtime.card import wait_until_idle
+from planner.runtime.card import Held, wait_until_idle
 from planner.specs.document import spec_document
 from planner.specs.model import Spec
 from planner.specs.variants import Variant
@@ -26,6 +27,9 @@ TRIAL_TIMEOUT_S = 600.0
 """For three steps; with torch.compile for compilation too."""
 _GRACE_S = 30.0
 """What the preloaded process gets on top to kill the trial that ran out of time and say so."""
+
+WaitIdle = Callable[[str, int, Held], None]
+"""Of a card's UUID, the bytes that must be free, and what the process that is kept warm holds."""
 
 
 class LocalDevice:
@@ -42,7 +46,7 @@ class LocalDevice:
         *,
         trial_timeout_s: float = TRIAL_TIMEOUT_S,
         child_module: str = "planner.runtime.child",
-        wait_idle: Callable[[str, int], None] = wait_until_idle,
+        wait_idle: WaitIdle = wait_until_idle,
     ) -> None:
         self.local = local
         self.gpu: Gpu = local.gpu
@@ -51,10 +55,23 @@ class LocalDevice:
         self._child_module = child_module
         self._wait_idle = wait_idle
         self._preloaded: dict[str, Child] = {}  # by spec hash; one at most
+        self._is_opening = False
+        self._held = Held()
         weakref.finalize(self, _kill_all, self._preloaded)
 
     def environment(self, spec: Spec) -> Environment:
         return measured_environment(spec, self.gpu, self.local)
+
+    def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None:
+        """Have the preloaded process import and build while the caller does something else."""
+        child = self._preloaded.get(spec.hash)
+        if child is None or not child.alive:
+            self.close()
+            # By its UUID, whatever order CUDA counts in; the trial then sees one GPU.
+            child = Child.start(self._child_module, env={"CUDA_VISIBLE_DEVICES": self.local.uuid}, import_cwd=True)
+            self._preloaded[spec.hash] = child
+            child.send({"do": "open", "spec": spec_document(spec)})
+            self._is_opening = True
 
     def open(self, spec: Spec, variant: Variant) -> LocalRunner:
         return LocalRunner(self, spec, variant)
@@ -62,28 +79,54 @@ class LocalDevice:
     def close(self) -> None:
         """End the preloaded process; the next trial starts one again."""
         _kill_all(self._preloaded)
+        self._held = Held()
 
     def wait_until_idle(self) -> None:
         """Raises ``DeviceBusy``, ``DeviceLost``."""
         # What a process of ours will take in all; a capacity above the default one is the user's own risk.
         most = min(self.capacity_bytes, default_capacity_bytes(self.gpu))
-        self._wait_idle(self.local.uuid, most + self.gpu.context_bytes + self.gpu.library_bytes)
+        self._wait_idle(self.local.uuid, most + self.gpu.context_bytes + self.gpu.library_bytes, self._held)
 
     def preloaded(self, spec: Spec) -> Child:
         """The process that has built the model of ``spec``. Raises what building it raises."""
-        child = self._preloaded.get(spec.hash)
-        if child is not None and child.alive:
-            return child
-        self.close()
-        # By its UUID, whatever order CUDA counts in; the trial then sees one GPU.
-        child = Child.start(self._child_module, env={"CUDA_VISIBLE_DEVICES": self.local.uuid}, import_cwd=True)
-        try:
-            child.request({"do": "open", "spec": spec_document(spec)}, OPEN_TIMEOUT_S)
-        except BaseException:
-            child.kill()
-            raise
-        self._preloaded[spec.hash] = child
+        self.prepare(spec, ())
+        child = self._preloaded[spec.hash]
+        if self._is_opening:
+            try:
+                child.receive(OPEN_TIMEOUT_S)
+            except BaseException:
+                self.close()
+                raise
+            self._is_opening = False
         return child
+
+    def rest(self) -> None:
+        """End the process that is kept warm, which gives the GPU back."""
+        for child in self._preloaded.values() if self._held.pids else ():
+            with contextlib.suppress(ChildError):  # it has died: nothing is held
+                child.request({"do": "rest"}, _GRACE_S)
+        self._held = Held()
+
+    def ask(self, child: Child, request: dict[str, Any]) -> dict[str, Any]:
+        """The reply to one trial, after the GPU was found idle: a failure of its processes is a reply too."""
+        if request["fresh"]:
+            self.rest()
+        waiting = time.monotonic()
+        self.wait_until_idle()
+        idle_s = round(time.monotonic() - waiting, 4)
+        try:
+            reply = child.request(request, self.trial_timeout_s + _GRACE_S)
+        except ChildError as error:
+            reply = {"outcome": "failed", "error": str(error), "details": {"output": error.tail[-2000:]}}
+        if "raised" in reply:
+            raise _error_of(reply["raised"])
+        warm_pid, held = reply.pop("warm_pid", None), reply.pop("held", {})
+        self._held = Held(pids=(warm_pid, *held["pids"]), bytes=held["bytes"]) if warm_pid else Held()
+        details = reply.setdefault("details", {})
+        if reply["outcome"] == Outcome.FAILED:
+            details.setdefault("output", child.tail()[-2000:])
+        details.setdefault("timings", {})["idle_s"] = idle_s
+        return reply
 
 
 class LocalRunner:
@@ -93,30 +136,21 @@ class LocalRunner:
         self._device, self._spec, self._variant = device, spec, variant
 
     def run(self, batch_size: int, *, fresh: bool = False) -> Trial:
-        """Run one trial; every one is in a fresh process, asked for or not."""
+        """Run one trial, in a process of its own where it is ``fresh``, else in one that is kept for the next."""
         child = self._device.preloaded(self._spec)
-        waiting = time.monotonic()
-        self._device.wait_until_idle()
-        idle_s = time.monotonic() - waiting
         started_at, start = datetime.now(UTC), time.monotonic()
-        request = {
-            "do": "trial",
-            "variant": self._variant.as_dict(),
-            "batch_size": batch_size,
-            "capacity_bytes": self._device.capacity_bytes,
-            "gpu_uuid": self._device.local.uuid,
-            "timeout_s": self._device.trial_timeout_s,
-        }
-        try:
-            reply = child.request(request, self._device.trial_timeout_s + _GRACE_S)
-        except ChildError as error:
-            reply = {"outcome": "failed", "error": str(error), "details": {"output": error.tail[-2000:]}}
-        else:
-            if "raised" in reply:
-                raise _error_of(reply["raised"])
-            if reply["outcome"] == Outcome.FAILED:
-                reply["details"] = {**reply.get("details", {}), "output": child.tail()[-2000:]}
-        reply.setdefault("details", {}).setdefault("timings", {})["idle_s"] = round(idle_s, 4)
+        reply = self._device.ask(
+            child,
+            {
+                "do": "trial",
+                "variant": self._variant.as_dict(),
+                "batch_size": batch_size,
+                "capacity_bytes": self._device.capacity_bytes,
+                "gpu_uuid": self._device.local.uuid,
+                "timeout_s": self._device.trial_timeout_s,
+                "fresh": fresh,
+            },
+        )
         return _trial(batch_size, reply, started_at, time.monotonic() - start)
 
     def __enter__(self) -> Self:
@@ -125,7 +159,8 @@ class LocalRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to end: a trial's process ends with the trial, the preloaded one serves the next variant too."""
+        """The preloaded process serves the next variant too."""
+        self._device.rest()
 
 
 def _error_of(body: dict[str, Any]) -> BaseException:
@@ -143,7 +178,7 @@ def _trial(batch_size: int, reply: dict[str, Any], started_at: datetime, duratio
         peaks=Peaks(**peaks) if peaks else None,
         num_alloc_retries=reply.get("num_alloc_retries", 0),
         step_times_s=tuple(reply.get("step_times_s", ())),
-        fresh_process=True,
+        fresh_process=reply.get("fresh_process", True),
         error=reply.get("error"),
         details=reply.get("details", {}),
         duration_s=duration_s,

@@ -1,4 +1,4 @@
-"""Running one piece of work in a forked copy of this process: a fresh process that repays no import.
+"""Work in forked copies of this process: fresh processes that repay no import.
 
 Only for a process that has no thread of its own and has not touched CUDA: threads do not survive a fork, and CUDA
 refuses to work in a copy of a process that used it. No torch here.
@@ -6,114 +6,168 @@ refuses to work in a copy of a process that used it. No torch here.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, Self
 
 from planner.processes import describe_exit, die_with_parent
 
 _POLL_S = 0.2
+_LEAVE_S = 10.0
+"""How long a fork that was told to leave may take: CUDA gives tens of GiB back in less than one second."""
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+Work = Callable[[dict[str, Any]], Mapping[str, Any]]
+"""Of a request: its answer, as JSON data. It raises nothing: a failure is part of its answer."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forked:
-    """How a forked process ended."""
+class Fork:
+    """A forked copy of this process that answers one request after another. What it does to itself stays in it."""
 
-    reply: dict[str, Any] | None
-    """What the work returned; ``None`` when the process ended without returning."""
-    returncode: int
-    """Negative for a signal, as in ``subprocess``."""
-    timed_out: bool = False
-    leaving_s: float = 0.0
-    """From its answer, or its death, to the end of its process: how long CUDA took to give everything back."""
+    def __init__(self, pid: int, requests: int, replies: int) -> None:
+        self.pid = pid
+        self._requests, self._replies = requests, replies
+        self._returncode: int | None = None
+        self._timed_out = False
+        self.leaving_s = 0.0
+        """From being told to leave, or from its death, to its end: how long CUDA took to give everything back."""
+
+    @classmethod
+    def start(cls, work: Work) -> Self:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        requests, requests_write = os.pipe()
+        replies, replies_write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(requests_write)
+            os.close(replies)
+            _serve_and_leave(work, requests, replies_write)
+        os.close(requests)
+        os.close(replies_write)
+        return cls(pid, requests_write, replies)
+
+    def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any] | None:
+        """Its answer, or ``None`` where it died or did not answer in time: it has ended, and ``ending`` says how."""
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(BrokenPipeError):  # it is gone, which reading will tell
+            os.write(self._requests, json.dumps(request).encode() + b"\n")
+        text = self._read(deadline)
+        if text is not None:
+            answer: dict[str, Any] = json.loads(text)
+            return answer
+        self.end()
+        return None
+
+    def end(self) -> None:
+        """Have it leave and wait until it has; kill it where it does not. Orphans of it are killed too."""
+        if self._returncode is not None:
+            return
+        start = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._requests, b"\n")
+        while not self._timed_out and not self._has_ended() and time.monotonic() < start + _LEAVE_S:
+            time.sleep(0.002)
+        if not self._has_ended():
+            os.kill(self.pid, signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        self._returncode = os.waitstatus_to_exitcode(status)
+        self.leaving_s = time.monotonic() - start
+        os.close(self._requests)
+        os.close(self._replies)
+        end_orphans()
 
     @property
-    def description(self) -> str:
-        """Why there is no reply, for people."""
-        return "did not finish in time and was killed" if self.timed_out else describe_exit(self.returncode)
+    def ending(self) -> str:
+        """Why there is no answer, for people."""
+        assert self._returncode is not None, "it has not ended"
+        return "did not finish in time and was killed" if self._timed_out else describe_exit(self._returncode)
+
+    def _has_ended(self) -> bool:
+        """Whether it has ended, without reaping it."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def _read(self, deadline: float) -> bytes | None:
+        """One line of its answer; ``None`` when it ends before one, or at the deadline, which is noted."""
+        text = bytearray()
+        waiting = select.poll()
+        waiting.register(self._replies, select.POLLIN)
+        while not text.endswith(b"\n"):
+            wait_s = min(_POLL_S, deadline - time.monotonic())
+            if wait_s <= 0:
+                self._timed_out = True
+                return None
+            if waiting.poll(wait_s * 1000):
+                chunk = os.read(self._replies, 1 << 16)
+                if not chunk:
+                    self._watch_it_die(deadline)
+                    return None
+                text += chunk
+            elif self._has_ended():  # a process that the work started may hold the pipe open
+                return None
+        return bytes(text)
+
+    def _watch_it_die(self, deadline: float) -> None:
+        """It closed the pipe by dying, which may take a moment to show: a core dump, CUDA's teardown."""
+        while not self._has_ended():
+            if time.monotonic() >= deadline:
+                self._timed_out = True
+                return
+            time.sleep(0.01)
 
 
-def run_forked(work: Callable[[], Mapping[str, Any]], timeout_s: float) -> Forked:
-    """Run ``work`` in a fork and wait for the JSON data that it returns. What it does to itself stays in the fork.
-
-    ``work`` raises nothing: what it has to say about a failure is part of its answer. After ``timeout_s`` the fork is
-    killed. Nothing of it is left when this returns.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reading)
-        _work_and_leave(work, writing)
-    os.close(writing)
-    try:
-        text, timed_out = _read(pid, reading, time.monotonic() + timeout_s)
-        answered = time.monotonic()
-        if text.endswith(b"\n"):
-            _let_it_leave(pid)
-    finally:
-        os.close(reading)
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-    return Forked(
-        reply=json.loads(text) if text.endswith(b"\n") else None,
-        returncode=os.waitstatus_to_exitcode(status),
-        timed_out=timed_out,
-        leaving_s=time.monotonic() - answered,
-    )
-
-
-def _work_and_leave(work: Callable[[], Mapping[str, Any]], writing: int) -> None:
+def _serve_and_leave(work: Work, requests: int, replies: int) -> NoReturn:
     """The fork's life. It must never return into the parent's code."""
     status = 1
     try:
         die_with_parent()
-        reply = json.dumps(work()).encode() + b"\n"
-        sys.stdout.flush()
-        sys.stderr.flush()
-        while reply:
-            reply = reply[os.write(writing, reply) :]
+        with os.fdopen(requests, "rb") as lines:
+            for line in lines:
+                if not line.strip():
+                    break
+                reply = json.dumps(work(json.loads(line))).encode() + b"\n"
+                sys.stdout.flush()
+                sys.stderr.flush()
+                while reply:
+                    reply = reply[os.write(replies, reply) :]
         status = 0
     finally:
         # Neither the parent's exit handlers nor the interpreter's teardown: CUDA and user code may hang in them.
         os._exit(status)
 
 
-def _read(pid: int, reading: int, deadline: float) -> tuple[bytes, bool]:
-    """All that the fork wrote, up to the line's end, its death or the deadline; and whether it was the deadline."""
-    text = bytearray()
-    waiting = select.poll()
-    waiting.register(reading, select.POLLIN)
-    while not text.endswith(b"\n"):
-        wait_s = min(_POLL_S, deadline - time.monotonic())
-        if wait_s <= 0:
-            return bytes(text), True
-        if waiting.poll(wait_s * 1000):
-            chunk = os.read(reading, 1 << 16)
-            if not chunk:
-                break
-            text += chunk
-        elif os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            break  # a process that the work started may hold the pipe open
-    if not text.endswith(b"\n"):
-        # It closed the pipe by dying, which may take a moment to show: a core dump, CUDA's teardown.
-        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if time.monotonic() >= deadline:
-                return bytes(text), True
-            time.sleep(0.01)
-    return bytes(text), False
+def adopt_orphans() -> None:
+    """Have the kernel make this process the parent of what its forks leave behind (prctl(2)), to be ended with them."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def _let_it_leave(pid: int, within_s: float = 10.0) -> None:
-    """Wait for a fork that has answered: its GPU memory is free only once it has ended."""
-    deadline = time.monotonic() + within_s
-    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None and time.monotonic() < deadline:
-        time.sleep(0.002)
+def end_orphans() -> None:
+    """Kill and reap every child of this process: what a fork that has ended had started, whatever its session.
+
+    To be called only where no other child lives. A child's own children are adopted as it dies, hence the repetition.
+    """
+    while children := list(_children()):
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+def _children() -> Iterator[int]:
+    """Ids of this process's children, from ``/proc/PID/stat`` (proc(5)): the parent's id is the fourth field."""
+    here = str(os.getpid())
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                # The second field is a name in brackets that may hold anything.
+                if (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1] == here:
+                    yield int(entry.name)

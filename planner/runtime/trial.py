@@ -1,11 +1,11 @@
-"""One trial on the real GPU, in a process of its own: training steps under a limit, and what they took.
+"""Trials on the real GPU, in a process of their own: training steps under a limit, and what they took.
 
-The process ends after it, which is the one way to give back everything that an out-of-memory error can leave behind.
+A process that ends after its trial gives back everything that an out-of-memory error can leave behind, hence only
+such trials certify. One that is kept warm saves the next trial CUDA's start and the model's way to the device.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from planner.errors import DeviceLost, DeviceUnavailable, ModelError, PlannerError, described, first_line
+from planner.errors import DeviceLost, ModelError, PlannerError, described, first_line
 from planner.runtime.card import Card
+from planner.runtime.context import Context
 from planner.specs.model import Spec
-from planner.specs.variants import Variant
+from planner.specs.variants import Compile, Variant
 from planner.training import Training
 from planner.training.oom import is_gpu_fault, is_gpu_lost, is_out_of_memory
 from planner.trials import Outcome
@@ -33,7 +34,8 @@ class _Record:
     step_times_s: list[float] = field(default_factory=list)
     device_bytes: int = 0
     timings: dict[str, float] = field(default_factory=dict)
-    """Seconds spent on starting CUDA (``context_s``), moving the model (``move_s``) and all steps (``steps_s``)."""
+    """Seconds spent on starting CUDA (``context_s``), moving the model (``move_s``), all steps (``steps_s``) and
+    cleaning a process that is kept (``clean_s``)."""
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
@@ -44,99 +46,77 @@ class _Record:
             self.timings[name] = round(time.perf_counter() - start, 4)
 
 
-def run_trial(
-    spec: Spec,
-    model: torch.nn.Module,
-    *,
-    variant: Mapping[str, Any],
-    batch_size: int,
-    capacity_bytes: int,
-    gpu_uuid: str,
-) -> dict[str, Any]:
-    """Run ``batch_size`` for three steps and report outcome, peaks, retries and step times as JSON data.
+class TrialProcess:
+    """This process and its GPU. Its first trial is a fresh one; a later one finds the model on the device."""
 
-    Raises ``ModelError`` for what the model or the step raises, ``InvalidSpec`` for a variant that the model does not
-    offer, ``DeviceLost``, ``DeviceUnavailable``.
-    """
-    chosen = Variant.from_dict(variant)
-    record = _Record()
-    with Card.open(gpu_uuid) as card:
-        used_before = card.used_bytes()
-        with record.timing("context_s"):
-            device = _limit(capacity_bytes)
-        context_bytes = card.used_bytes() - used_before
-        outcome, words = _attempt(spec, model, chosen, batch_size, device, card, record)
-        record.device_bytes = max(record.device_bytes, card.used_bytes())
-    stats = torch.cuda.memory_stats(device)
-    return {
-        "outcome": str(outcome),
-        "error": words,
-        "peaks": {
-            "allocated_bytes": torch.cuda.max_memory_allocated(device),
-            "reserved_bytes": torch.cuda.max_memory_reserved(device),
-            "device_bytes": record.device_bytes,
-        },
-        "num_alloc_retries": stats.get("num_alloc_retries", 0),
-        "step_times_s": record.step_times_s,
-        "details": {
-            "context_bytes": context_bytes,
-            "used_before_bytes": used_before,
-            "num_steps": NUM_STEPS,
-            "timings": record.timings,
-        },
-    }
+    def __init__(self, spec: Spec, model: torch.nn.Module) -> None:
+        self._spec, self._model = spec, model
+        self._context: Context | None = None
 
+    def run(
+        self,
+        *,
+        variant: Mapping[str, Any],
+        batch_size: int,
+        capacity_bytes: int,
+        gpu_uuid: str,
+        keep: bool,
+    ) -> dict[str, Any]:
+        """Run ``batch_size`` for three steps and report outcome, peaks, retries and step times as JSON data.
 
-def _limit(capacity_bytes: int) -> torch.device:
-    """Start CUDA on the one visible GPU, its caching allocator limited to ``capacity_bytes``."""
-    try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-        device = torch.device("cuda", 0)
-        total_bytes = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(memory_fraction(capacity_bytes, total_bytes), device)
-        torch.zeros(1, device=device)  # the context exists from the first tensor on
-        torch.cuda.synchronize(device)
-    except (RuntimeError, AssertionError) as error:
-        raise DeviceUnavailable(f"torch cannot use this GPU: {first_line(error)}") from error
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    return device
+        ``keep`` asks for a process that can run another trial of the same variant; ``warm`` says whether it can.
+        Raises ``ModelError`` for what the model or the step raises, ``InvalidSpec`` for a variant that the model does
+        not offer, ``DeviceLost``, ``DeviceUnavailable``.
+        """
+        chosen = Variant.from_dict(variant)
+        record = _Record()
+        with Card.open(gpu_uuid) as card:
+            with record.timing("context_s"):
+                context = self._context = self._context or Context.start(capacity_bytes, card)
+            context.begin()
+            outcome, words = self._attempt(chosen, batch_size, context, card, record)
+            record.device_bytes = max(record.device_bytes, card.used_bytes())
+            result = {
+                "outcome": str(outcome),
+                "error": words,
+                "peaks": {
+                    "allocated_bytes": torch.cuda.max_memory_allocated(context.device),
+                    "reserved_bytes": torch.cuda.max_memory_reserved(context.device),
+                    "device_bytes": record.device_bytes,
+                },
+                "num_alloc_retries": torch.cuda.memory_stats(context.device).get("num_alloc_retries", 0),
+                "step_times_s": record.step_times_s,
+                "details": {
+                    "context_bytes": context.context_bytes,
+                    "used_before_bytes": context.used_before_bytes,
+                    "num_steps": NUM_STEPS,
+                    "timings": record.timings,
+                },
+            }
+            # A compiled model would compile again for the next size, and torch gives up after some (recompile_limit).
+            if keep and outcome is not Outcome.FAILED and chosen.compile is Compile.OFF:
+                with record.timing("clean_s"):
+                    result["warm"] = context.clean(self._model)
+                result["held"] = {"bytes": card.used_bytes() - context.used_before_bytes, "pids": context.pids}
+        return result
 
-
-def memory_fraction(capacity_bytes: int, total_bytes: int) -> float:
-    """The fraction that makes torch's limit exactly ``capacity_bytes``.
-
-    torch allows ``static_cast<size_t>(fraction * total)`` (c10/cuda/CUDACachingAllocator.cpp, ``setMemoryFraction``),
-    so a quotient that was rounded down would allow a byte less.
-    """
-    fraction = min(capacity_bytes / total_bytes, 1.0)
-    while fraction < 1.0 and int(fraction * total_bytes) < capacity_bytes:
-        fraction = math.nextafter(fraction, 1.0)
-    return fraction
-
-
-def _attempt(
-    spec: Spec,
-    model: torch.nn.Module,
-    variant: Variant,
-    batch_size: int,
-    device: torch.device,
-    card: Card,
-    record: _Record,
-) -> tuple[Outcome, str | None]:
-    try:
-        with record.timing("move_s"):
-            training = Training(spec, variant, model, device)
-        with record.timing("steps_s"):
-            for _ in range(NUM_STEPS):
-                start = time.perf_counter()
-                training.step(batch_size)
-                torch.cuda.synchronize(device)
-                record.step_times_s.append(time.perf_counter() - start)
-                record.device_bytes = max(record.device_bytes, card.used_bytes())
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the border to the user's model: it can raise anything
-        return _judge(error)
-    return Outcome.FITS, None
+    def _attempt(
+        self, variant: Variant, batch_size: int, context: Context, card: Card, record: _Record
+    ) -> tuple[Outcome, str | None]:
+        try:
+            with record.timing("move_s"):
+                training = Training(self._spec, variant, self._model, context.device)
+            context.moved()
+            with record.timing("steps_s"):
+                for _ in range(NUM_STEPS):
+                    start = time.perf_counter()
+                    training.step(batch_size)
+                    torch.cuda.synchronize(context.device)
+                    record.step_times_s.append(time.perf_counter() - start)
+                    record.device_bytes = max(record.device_bytes, card.used_bytes())
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the border to the user's model: it can raise anything
+            return _judge(error)
+        return Outcome.FITS, None
 
 
 def _judge(error: BaseException) -> tuple[Outcome, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +35,9 @@ class VirtualDevice:
 
     def environment(self, spec: Spec) -> Environment:
         return predicted_environment(spec, self.gpu)
+
+    def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None:
+        """Nothing: a tracing process starts with its first trial."""
 
     def open(self, spec: Spec, variant: Variant) -> VirtualRunner:
         return VirtualRunner(self.gpu, self.capacity_bytes, spec, variant, self.timeout_s)

@@ -1,0 +1,88 @@
+"""CUDA in this process: started under a limit, and cleaned between the trials of a process that is kept warm."""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from planner.errors import DeviceUnavailable, first_line
+from planner.runtime.card import Card
+
+
+@dataclass(slots=True)
+class Context:
+    """The one visible GPU, its caching allocator limited to the capacity."""
+
+    device: torch.device
+    context_bytes: int
+    """Of the CUDA context itself, on the whole device."""
+    used_before_bytes: int
+    """In use on the device before it was started."""
+    pids: tuple[int, ...]
+    """By which ids the driver lists this process: not this process's own in every container; empty in some."""
+    _held_by_model: tuple[int, int] | None = None
+    """Bytes allocated and reserved once the first trial's model had been moved."""
+
+    @classmethod
+    def start(cls, capacity_bytes: int, card: Card) -> Self:
+        """Raises ``DeviceUnavailable`` where torch cannot use the GPU."""
+        used_before_bytes = card.used_bytes()
+        others = card.compute_processes()
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            device = torch.device("cuda", 0)
+            total_bytes = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(memory_fraction(capacity_bytes, total_bytes), device)
+            torch.zeros(1, device=device)  # the context exists from the first tensor on
+            torch.cuda.synchronize(device)
+        except (RuntimeError, AssertionError) as error:
+            raise DeviceUnavailable(f"torch cannot use this GPU: {first_line(error)}") from error
+        torch.cuda.empty_cache()
+        return cls(
+            device=device,
+            context_bytes=card.used_bytes() - used_before_bytes,
+            used_before_bytes=used_before_bytes,
+            pids=tuple(pid for pid in card.compute_processes() if pid not in others),
+        )
+
+    def begin(self) -> None:
+        """Count peaks and retries from here on."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        torch.cuda.reset_accumulated_memory_stats(self.device)
+
+    def moved(self) -> None:
+        """The model, and what goes with it, is on the device; nothing was trained yet."""
+        if self._held_by_model is None:
+            self._held_by_model = self._held()
+
+    def clean(self, model: torch.nn.Module) -> bool:
+        """Free what the trial that ended has left, all but the model; whether that is all that there is now.
+
+        Not after every trial: an exception in the middle of a backward pass can keep tensors alive for good, and a
+        small one that shares a segment with freed blocks keeps the segment. Such a process is of no further use.
+        """
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        held, expected = self._held(), self._held_by_model
+        return expected is not None and held[0] <= expected[0] and held[1] <= expected[1]
+
+    def _held(self) -> tuple[int, int]:
+        return torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+
+
+def memory_fraction(capacity_bytes: int, total_bytes: int) -> float:
+    """The fraction that makes torch's limit exactly ``capacity_bytes``.
+
+    torch allows ``static_cast<size_t>(fraction * total)`` (c10/cuda/CUDACachingAllocator.cpp, ``setMemoryFraction``),
+    so a quotient that was rounded down would allow a byte less.
+    """
+    fraction = min(capacity_bytes / total_bytes, 1.0)
+    while fraction < 1.0 and int(fraction * total_bytes) < capacity_bytes:
+        fraction = math.nextafter(fraction, 1.0)
+    return fraction

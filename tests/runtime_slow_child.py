@@ -1,0 +1,17 @@
+"""As ``tests.runtime_child``, but building the model lasts until the file ``$GATE`` exists."""
+
+import os
+import time
+
+from planner.runtime.zygote import Zygote
+from tests.runtime_child import build, run_trial
+
+
+def build_slowly(document):
+    while not os.path.exists(os.environ["GATE"]):  # noqa: PTH110
+        time.sleep(0.01)
+    return build(document)
+
+
+if __name__ == "__main__":
+    Zygote(build_slowly, run_trial).serve()
