@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unittest.mock
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from planner.allocator import AllocatorConfig, Events, replay
 from planner.processes import Child, serve
 from planner.specs.document import parse_spec
 from planner.specs.variants import Checkpointing, Compile, Precision, Variant
+from planner.virtual import steady, tracing
 from planner.virtual.architecture import Architecture
 from planner.virtual.kernels import Kernels
 from planner.virtual.recorder import Recorder
@@ -80,6 +82,25 @@ def traced(*, spec: Any, variant: Any, batch_size: int, num_steps: int = 2) -> d
     }
 
 
+def copied_and_run(*, spec: Any, variant: Any, batch_size: int) -> dict[str, Any]:
+    """Whether the third step was copied, and whether a trace with all three steps run is the same."""
+    copied: list[bool] = []
+
+    def watched(trace: Trace) -> bool:
+        copied.append(steady.repeat_last_step(trace))
+        return copied[-1]
+
+    def refused(_: Trace) -> bool:
+        return False
+
+    found = []
+    for repeat in (watched, refused):
+        with unittest.mock.patch.object(tracing, "repeat_last_step", repeat):
+            found.append(trace_steps(parse_spec(spec), _variant(variant), batch_size, H200))
+    one, two = ([each.events, each.sizes, each.operators, each.optional, each.marks] for each in found)
+    return {"value": {"copied": copied, "same": one == two}}
+
+
 def peaks(*, spec: Any, variant: Any, batch_sizes: list[int]) -> dict[str, Any]:
     """``[allocated, reserved]`` bytes at each batch size, with no limit; traced as a prediction traces."""
     family = _family(spec, variant)
@@ -129,4 +150,5 @@ def _peak(trace: Trace) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.setrecursionlimit(10_000)
-    serve({"traced": traced, "peaks": peaks, "fits": fits, "scaled_and_traced": scaled_and_traced, "run": run})
+    handlers = (traced, copied_and_run, peaks, fits, scaled_and_traced, run)
+    serve({handler.__name__: handler for handler in handlers})

@@ -84,9 +84,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.kernels = kernels
         self._live: dict[int, Any] = {}
         self._answers: dict[repeats.Key, _Seen] = {}
+        self._stopped = False
         self._main = threading.get_ident()
         self.in_optimizer = False
         """Whether an optimizer takes its step: what it reads scales its update, and no size follows from it."""
+
+    def stop(self) -> None:
+        """Record nothing more: what dies from now on does so because the trace is at its end."""
+        self.trace.mark("end")
+        self._stopped = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -234,6 +240,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def died(_: object) -> None:
             self._live.pop(key, None)
-            self.trace.free(block)
+            if not self._stopped:
+                self.trace.free(block)
 
         self._live[key] = weakref.ref(storage, died)

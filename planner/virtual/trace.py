@@ -74,6 +74,13 @@ class Trace:
         self.events.append(block)
         return block
 
+    def allocate_again(self, block: int) -> int:
+        """A new block like ``block``; returns its number."""
+        again = self.allocate(self.formulas.get(block, self.sizes[block]), self.operators[block])
+        if block in self.optional:
+            self.optional.add(again)
+        return again
+
     def free(self, block: int) -> None:
         self.events.append(~block)
 

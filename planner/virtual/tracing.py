@@ -17,6 +17,7 @@ from planner.virtual.architecture import Architecture
 from planner.virtual.indices import IndexOutOfRange
 from planner.virtual.kernels import Kernels
 from planner.virtual.recorder import Recorder
+from planner.virtual.steady import repeat_last_step
 from planner.virtual.trace import Doubt, Formula, Trace
 
 
@@ -39,6 +40,9 @@ def trace_steps(
 ) -> Trace:
     """Build the model, move it and take ``num_steps`` training steps, all without storage.
 
+    From the third step on, a step that goes as the one before it is copied instead of run (``planner.virtual.steady``);
+    a step of the user's own is always run, since it may count.
+
     Raises ``InvalidSpec`` for a compiled variant: what the compiler fuses and recomputes is not known here; and for
     tokens or classes that the model has no positions or outputs for.
     """
@@ -59,9 +63,10 @@ def trace_steps(
             training.optimizer.register_step_post_hook(lambda *_: setattr(recorder, "in_optimizer", False))
             del model
             for number in range(num_steps):
-                recorder.trace.mark(f"step {number + 1}")
-                training.step(batch_size)
-            recorder.trace.mark("end")
+                if number < 2 or spec.train.step or not repeat_last_step(recorder.trace):
+                    recorder.trace.mark(f"step {number + 1}")
+                    training.step(batch_size)
+            recorder.stop()
     except IndexOutOfRange as error:
         raise error.of_spec(spec) from error
     finally:
