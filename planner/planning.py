@@ -29,6 +29,12 @@ from planner.specs.model import Spec
 from planner.specs.variants import Checkpointing, Variant
 from planner.trials import Environment, Outcome, Plan, PlanStatus, Source, Trial
 
+_FIRST_PREDICTED = 8
+"""Where a search on the virtual GPU begins: sizes up to 5 cost a trace each, others only a replay."""
+_LOOK_BEYOND = 2
+"""Sizes above the first out of memory that a search on the virtual GPU tries too: each costs a replay."""
+_MOST_SUSPECTS = 2
+
 
 class StoredTrial(Protocol):
     """A trial as a store gives it back, with what it was run on."""
@@ -256,9 +262,12 @@ class _VariantWork:
 
     def _plan_search(self, runner: TrialRunner, predicted: Plan | None) -> Plan:
         search = Search(
-            start=predicted.max_batch_size if predicted else None,
+            start=self._start(predicted),
+            suspects=_suspects(predicted),
+            look_beyond=0 if self.is_measured else _LOOK_BEYOND,
             confirm_fresh=self.is_measured,
             capacity_bytes=self.device.capacity_bytes,
+            bytes_per_sample=_bytes_per_sample(predicted),
         )
         while (ask := search.ask()) is not None:
             search.tell(self._run(runner, ask))
@@ -274,6 +283,11 @@ class _VariantWork:
             certified=self._is_certified(result),
         )
         return replace(plan, predicted_max_batch_size=predicted.max_batch_size if predicted else None)
+
+    def _start(self, predicted: Plan | None) -> int | None:
+        if predicted is not None:
+            return predicted.max_batch_size
+        return None if self.is_measured else _FIRST_PREDICTED
 
     def _compare(self, runner: TrialRunner, result: SearchResult) -> None:
         """A prediction more costs milliseconds; on a real GPU the search's own trials must do."""
@@ -384,6 +398,29 @@ def _size_without_checkpointing(variant: Variant, plans: Sequence[Plan]) -> int 
     """The largest batch size of the same variant without checkpointing, where that is planned already."""
     plain = replace(variant, checkpointing=Checkpointing.NONE)
     return next((plan.max_batch_size for plan in plans if plan.variant == plain != variant), None)
+
+
+def _bytes_per_sample(predicted: Plan | None) -> float | None:
+    """By how much the prediction's allocated bytes grow with the batch size near its answer."""
+    fits = sorted(
+        (trial.batch_size, trial.peaks.allocated_bytes) for trial in (predicted.trials if predicted else ())
+        if trial.fits and trial.peaks is not None
+    )  # fmt: skip
+    if not fits:
+        return None
+    top, most = fits[-1]
+    below = [pair for pair in fits if 1.1 * pair[0] <= top]
+    return (most - below[-1][1]) / (top - below[-1][0]) if below else None
+
+
+def _suspects(predicted: Plan | None) -> tuple[int, ...]:
+    """Sizes below the predicted answer that are predicted to run out of memory: worth a trial each."""
+    if predicted is None or not predicted.max_batch_size:
+        return ()
+    below = [
+        trial.batch_size for trial in predicted.trials if trial.batch_size < predicted.max_batch_size and not trial.fits
+    ]
+    return tuple(sorted(set(below)))[-_MOST_SUSPECTS:]
 
 
 def _nobody(event: Progress) -> None:

@@ -1,15 +1,16 @@
 """The largest batch size that fits, from trials of whatever runs them: ask for the next one, tell what came of it.
 
-From a right start two trials settle it: the start fits and the next size does not. Around a wrong one the search
-gallops outward in growing steps until it has a bracket, then interpolates between measured peaks, then bisects. Without
-a start it begins at 1, where galloping is doubling. With ``n`` the answer it asks at most ``2 * log2(n) + 12`` times,
-plus confirmations. Pure: it knows no GPU, no clock and no store.
+From a right start two trials settle it: the start fits and the next size does not. Around a wrong one the search steps
+outward, each step twice the last, until it has a bracket. Wherever two sizes that ran give a line through their
+allocated bytes, it goes to where that line meets the capacity; once there is a bracket, never at the price of more than
+two trials beyond what halving it would take. Without a start it begins at 1. Pure: it knows no GPU, no clock and no
+store.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 from planner.trials import Outcome, Trial
@@ -17,9 +18,9 @@ from planner.trials import Outcome, Trial
 LIMIT = 1 << 20
 """Where the search gives up to find an out of memory: no training loop has a larger batch."""
 _MAX_JUMP = 16
-"""How far above the largest size that ran an extrapolation may reach: what a wrong one costs is log2 of it."""
-_GUESSES = 4
-"""Interpolations allowed per search. More of them than that were not near a straight line: bisect."""
+"""How many times the largest size that ran an extrapolation may reach: what a wrong one costs is log2 of it."""
+_SPARE = 2
+"""Trials that guessing may cost beyond halving the bracket."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +41,15 @@ class Ask:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
     max_batch_size: int | None
-    """The largest size that ran and fitted; 0: one sample does not fit; ``None``: a failure ended the search."""
+    """The largest size that ran and fitted; 0: the smallest does not fit; ``None``: a failure ended the search."""
     first_oom_batch_size: int | None
-    """``max_batch_size + 1`` where it ran out of memory; ``None`` when nothing did up to the limit."""
+    """The next size (``max_batch_size`` + ``multiple_of``) where it ran out of memory; ``None`` when nothing did."""
     certified: bool
-    """Both sizes ran in fresh processes (when one sample does not fit: the one that ran out of memory did)."""
+    """Both sizes ran in fresh processes (when the smallest does not fit: the one that ran out of memory did)."""
     trials: tuple[Trial, ...]
     """All of them, in the order in which they ran."""
+    oom_below: tuple[int, ...] = ()
+    """Sizes below ``max_batch_size`` that ran out of memory whenever they were tried: the result is not monotone."""
     failure: Trial | None = None
     """The trial that ended the search: it failed twice, for a reason other than memory."""
     notes: tuple[str, ...] = ()
@@ -61,38 +64,58 @@ class SearchResult:
 class Search:
     """One search, as ask and tell.
 
-    ``start`` is where the answer is expected, ``capacity_bytes`` what interpolation aims at (without it: bisection).
-    With ``confirm_fresh`` the two deciding trials are repeated in fresh processes if they ran in warm ones.
+    ``start`` is where the answer is expected, ``capacity_bytes`` what interpolation aims at (without it: bisection) and
+    ``bytes_per_sample`` by how much allocated bytes are expected to grow with the batch size. Only multiples of
+    ``multiple_of`` up to ``limit`` are asked for; ``limit_name`` is what the limit is called in a note. ``suspects``
+    are sizes that are expected to contradict a monotone result: each is tried once before the search ends, and so are
+    ``look_beyond`` sizes above the first that runs out of memory. With ``confirm_fresh`` the two deciding trials are
+    repeated in fresh processes if they ran in warm ones.
     """
+
+    # Inside, sizes are counted in units of ``multiple_of``.
 
     def __init__(
         self,
         *,
         start: int | None = None,
         limit: int = LIMIT,
+        limit_name: str | None = None,
+        multiple_of: int = 1,
+        suspects: Collection[int] = (),
+        look_beyond: int = 0,
         confirm_fresh: bool = False,
         capacity_bytes: int | None = None,
+        bytes_per_sample: float | None = None,
     ) -> None:
-        self._limit = limit
+        if limit < multiple_of:
+            raise ValueError(f"no multiple of {multiple_of} is at most {limit}")
+        self._unit = multiple_of
+        self._limit, self._limit_name = limit // multiple_of, limit_name
         self._predicted = start is not None
-        self._start = min(max(1 if start is None else start, 1), limit)
+        self._start = min(max(1 if start is None else start // multiple_of, 1), self._limit)
+        self._suspects = sorted({size // multiple_of for size in suspects if size % multiple_of == 0})
+        self._look_beyond = look_beyond
         self._confirm_fresh = confirm_fresh
         self._capacity_bytes = capacity_bytes
-        self._guesses_left = _GUESSES
+        self._slope = None if bytes_per_sample is None else bytes_per_sample * multiple_of
         self._trials: list[Trial] = []
         self._evidence: dict[int, Trial] = {}
         self._confirmed: set[int] = set()
+        self._num_steps = 0
+        """Steps outward since the last jump or change of direction."""
+        self._allowance: int | None = None
+        """Trials that a bracket may still take; ``None`` without one."""
         self._asked: Ask | None = None
         self._retry: Ask | None = None
         self._failure: Trial | None = None
 
     @property
-    def low(self) -> int:
+    def _low(self) -> int:
         return max((size for size, trial in self._evidence.items() if trial.fits), default=0)
 
     @property
-    def high(self) -> int | None:
-        low = self.low
+    def _high(self) -> int | None:
+        low = self._low
         return min((size for size, trial in self._evidence.items() if size > low and not trial.fits), default=None)
 
     def ask(self) -> Ask | None:
@@ -116,122 +139,173 @@ class Search:
                 self._asked = self._retry = replace(asked, fresh=self._confirm_fresh)
             return
         self._retry = None
-        self._evidence[trial.batch_size] = trial
+        size = trial.batch_size // self._unit
+        self._evidence[size] = trial
         if asked.fresh or trial.fresh_process:
-            self._confirmed.add(trial.batch_size)
+            self._confirmed.add(size)
+        if self._allowance is not None:
+            self._allowance -= 1
+        if len(self._trials) > 1 and self._trials[-2].outcome is not trial.outcome:
+            self._num_steps = 0
 
     def result(self) -> SearchResult:
         """The answer so far; the final one once ``ask`` returns ``None``."""
-        low, high = self.low, self.high
-        notes = list(self._notes())
+        low, high = self._low, self._high
+        below = tuple(size * self._unit for size, trial in sorted(self._evidence.items()) if self._is_odd(size, trial))
+        notes = list(self._notes(below))
         if self._failure is not None:
-            notes.append(f"the search stopped at a trial that failed; the largest batch size that fitted is {low}")
+            fitted = low * self._unit
+            notes.append(f"the search stopped at a trial that failed; the largest batch size that fitted is {fitted}")
             return SearchResult(
                 max_batch_size=None, first_oom_batch_size=None, certified=False, trials=tuple(self._trials),
-                failure=self._failure, notes=tuple(notes),
+                oom_below=below, failure=self._failure, notes=tuple(notes),
             )  # fmt: skip
         first_oom = high if high == low + 1 else None
         deciding = [self._evidence[size] for size in (low, first_oom) if size]
         return SearchResult(
-            max_batch_size=low, first_oom_batch_size=first_oom, trials=tuple(self._trials), notes=tuple(notes),
+            max_batch_size=low * self._unit, first_oom_batch_size=first_oom and first_oom * self._unit,
+            trials=tuple(self._trials), oom_below=below, notes=tuple(notes),
             certified=first_oom is not None and all(trial.fresh_process for trial in deciding),
         )  # fmt: skip
 
     def _next(self) -> Ask | None:
-        low, high = self.low, self.high
+        low, high = self._low, self._high
         settled = low >= self._limit or high == low + 1
         unconfirmed = [size for size in (low, high) if size and size not in self._confirmed] if settled else []
         if not self._confirm_fresh:
             unconfirmed = []
-        if settled and not unconfirmed:
+        suspects = self._untried_suspects(high)
+        waiting = [*unconfirmed, *suspects] if settled else []
+        if settled and not waiting:
             return None
-        size = unconfirmed[0] if unconfirmed else self._choose(low, high)
-        likely_last = (high is not None and high - low <= 3) or (
-            self._predicted and size in (self._start, self._start + 1)
-        )
+        size = waiting[0] if waiting else self._choose(low, high)
+        likely_last = (high is not None and high - low <= 3) or (self._predicted and abs(size - self._start) <= 1)
         return Ask(
-            batch_size=size,
-            fresh=self._confirm_fresh and (bool(unconfirmed) or likely_last),
-            low=low,
-            high=high,
-            remaining_trials=len(unconfirmed) if unconfirmed else self._remaining(low, high),
+            batch_size=size * self._unit,
+            fresh=self._confirm_fresh and (settled or likely_last),
+            low=low * self._unit,
+            high=high and high * self._unit,
+            remaining_trials=len(waiting) if settled else self._remaining(low, high, len(suspects)),
         )
+
+    def _untried_suspects(self, high: int | None) -> list[int]:
+        beyond = [] if high is None else [high + 1 + step for step in range(self._look_beyond)]
+        sizes = dict.fromkeys([*self._suspects, *beyond])
+        return [size for size in sizes if 0 < size <= self._limit and size not in self._evidence]
 
     def _choose(self, low: int, high: int | None) -> int:
         """A size strictly between ``low`` and ``high``."""
         if high is None:
+            self._allowance = None
             return min(self._above(low), self._limit)
         if low == 0:
-            return max(high - self._step(self._start - high), 1)
-        guess = self._interpolate()
-        if guess is not None and guess < high and self._guesses_left:
-            self._guesses_left -= 1
-            return max(guess, low + 1)
+            return max(high - self._step(high), 1)
+        if self._allowance is None:
+            self._allowance = _halvings(high - low) + _SPARE
+        guess = self._aim(low, high)
+        if guess is not None and 1 + _halvings(max(guess - low, high - guess)) <= self._allowance:
+            return guess
         return (low + high) // 2
 
     def _above(self, low: int) -> int:
         """A size above ``low``, when nothing has run out of memory yet."""
         if low == 0:
             return self._start
-        gallop = low + self._step(low - self._start)
-        if self._predicted and low == self._start:
-            return gallop
-        guess = self._interpolate()
-        if guess is not None and self._guesses_left:
-            self._guesses_left -= 1
-            return min(max(guess, low + 1), _MAX_JUMP * low)
-        return min(max(gallop, self._proportional(low)), _MAX_JUMP * low)
+        expected = self._expected()
+        just_started = self._predicted and low == self._start
+        if expected is None and not self._predicted:
+            return 2 * low
+        if expected is not None and expected >= low + max(1, low // 10) and not just_started:
+            self._num_steps = 0
+            return min(expected, (_MAX_JUMP if low > 2 else 2) * low)  # one and two samples say too little for a jump
+        step = low + self._step(low)
+        return step if expected is None or just_started else max(step, expected)
 
-    def _step(self, distance: int) -> int:
-        """1 at the start, then as far again as the search has come from it, at least 1% of it."""
-        return max(distance + 1, math.ceil(self._start / 100)) if distance > 0 else 1
+    def _aim(self, low: int, high: int) -> int | None:
+        """The most telling size in a bracket: where the answer is expected, or else a step inward from the end that
+        the expectation is nearest to; ``None`` where there is nothing to go by but the bracket."""
+        expected = self._expected()
+        if expected is None:
+            return None
+        if expected <= low:
+            return min(low + self._step(low), high - 1)
+        if expected < high:
+            return expected
+        # Wrong, and from far away by much: the middle gives a better line.
+        return max(high - self._step(high), low + 1) if 2 * low >= high else None
 
-    def _interpolate(self) -> int | None:
-        """Where allocated bytes, affine in the batch size, would meet the capacity: a line through two sizes that ran.
+    def _step(self, at: int) -> int:
+        """1, then twice as far each time, from the second on at least 1% of where it starts."""
+        self._num_steps += 1
+        return 1 if self._num_steps == 1 else max(2, math.ceil(at / 100)) << (self._num_steps - 2)
 
-        The allocator reserves more than tensors hold; the share seen at the larger of the two is taken to stay.
+    def _expected(self) -> int | None:
+        """Where allocated bytes, affine in the batch size, would meet the capacity: a line through two sizes that ran,
+        or through one with the slope that was expected.
+
+        The allocator reserves more than tensors hold; the share seen at the largest that ran is taken to stay.
         """
         sizes = sorted(size for size, trial in self._evidence.items() if trial.fits and trial.peaks is not None)
-        if self._capacity_bytes is None or len(sizes) < 2:
+        if self._capacity_bytes is None or not sizes:
             return None
         top = sizes[-1]
-        # Neighbours differ by rounding as much as by a sample: the line needs some length.
-        base = next((size for size in reversed(sizes) if size * 1.1 <= top), None)
         peaks = self._evidence[top].peaks
-        below = self._evidence[base].peaks if base is not None else None
-        if base is None or peaks is None or below is None or peaks.allocated_bytes <= below.allocated_bytes:
+        assert peaks is not None
+        slope = self._measured_slope(sizes) or self._slope
+        if slope is None:
             return None
-        slope = (peaks.allocated_bytes - below.allocated_bytes) / (top - base)
         usable_bytes = self._capacity_bytes * peaks.allocated_bytes / max(peaks.reserved_bytes, 1)
         return top + int((usable_bytes - peaks.allocated_bytes) / slope)
 
-    def _proportional(self, low: int) -> int:
-        """A size that surely seems to fit: as if all of the reserved bytes grew with the batch size."""
-        peaks = self._evidence[low].peaks
-        if self._capacity_bytes is None or peaks is None or not self._predicted:
-            return 0
-        return int(low * self._capacity_bytes / max(peaks.reserved_bytes, 1))
+    def _measured_slope(self, sizes: list[int]) -> float | None:
+        """Bytes per unit between the largest of ``sizes`` and the next that is far enough from it to tell."""
+        top = sizes[-1]
+        # Neighbours differ by rounding as much as by a sample: the line needs some length.
+        base = next((size for size in reversed(sizes) if size * 1.1 <= top), None)
+        if base is None:
+            return None
+        peaks, below = self._evidence[top].peaks, self._evidence[base].peaks
+        assert peaks is not None
+        assert below is not None
+        slope = (peaks.allocated_bytes - below.allocated_bytes) / (top - base)
+        return slope if slope > 0 else None
 
-    def _remaining(self, low: int, high: int | None) -> int | None:
+    def _remaining(self, low: int, high: int | None, num_suspects: int) -> int | None:
         if high is None:
             return None
-        bisections = math.ceil(math.log2(high - low))
-        confirmations = 2 if self._confirm_fresh else 0
-        if low == 0:  # galloping down, then back up between the last two steps
-            return 2 * bisections + 1 + confirmations
-        return bisections + (self._guesses_left if bisections > 1 else 0) + confirmations
+        confirmations = (2 if self._confirm_fresh else 0) + num_suspects
+        if low == 0:  # down in growing steps, then a bracket between the last two
+            return 2 * _halvings(high) + 1 + _SPARE + confirmations
+        spare = _halvings(high - low) + _SPARE if self._allowance is None else self._allowance
+        return spare + confirmations
 
-    def _notes(self) -> Iterator[str]:
+    def _is_odd(self, size: int, trial: Trial) -> bool:
+        if size >= self._low or trial.fits:
+            return False
+        return not any(other.fits for other in self._trials if other.batch_size == trial.batch_size)
+
+    def _notes(self, below: tuple[int, ...]) -> Iterator[str]:
         fits = {trial.batch_size for trial in self._trials if trial.fits}
         ooms = {trial.batch_size for trial in self._trials if trial.outcome is Outcome.OOM}
         for size in sorted(fits & ooms):
             yield f"batch size {size} ran out of memory in one process and fitted in another"
-        above = [(oom, fit) for oom in ooms - fits for fit in fits - ooms if oom < fit]
-        if above:
-            oom, fit = min(above)
-            yield f"not monotone: batch size {oom} ran out of memory and {fit} fitted"
-        if self.low >= self._limit:
-            yield f"did not run out of memory up to batch size {self._limit}, where the search stops"
+        for oom in below:
+            fit = min(size for size in fits if size > oom)
+            yield (
+                f"not monotone: batch size {oom} ran out of memory and {fit} fitted; train with a size that ran, since "
+                "any other may run out of memory"
+            )
+        if self._low >= self._limit:
+            name = f" ({self._limit_name})" if self._limit_name else ""
+            yield (
+                f"did not run out of memory up to batch size {self._limit * self._unit}, where the search "
+                f"stops{name}: not certified as the largest"
+            )
+
+
+def _halvings(gap: int) -> int:
+    """Trials that bisection needs to close a bracket that is ``gap`` wide."""
+    return math.ceil(math.log2(gap))
 
 
 def search_max_batch(
@@ -239,12 +313,19 @@ def search_max_batch(
     *,
     start: int | None = None,
     limit: int = LIMIT,
+    multiple_of: int = 1,
+    suspects: Collection[int] = (),
+    look_beyond: int = 0,
     confirm_fresh: bool = False,
     capacity_bytes: int | None = None,
+    bytes_per_sample: float | None = None,
     observer: Callable[[Ask], None] | None = None,
 ) -> SearchResult:
     """Run a whole ``Search``: ``probe(batch_size, fresh)`` runs one trial, ``observer`` hears of each one before."""
-    search = Search(start=start, limit=limit, confirm_fresh=confirm_fresh, capacity_bytes=capacity_bytes)
+    search = Search(
+        start=start, limit=limit, multiple_of=multiple_of, suspects=suspects, look_beyond=look_beyond,
+        confirm_fresh=confirm_fresh, capacity_bytes=capacity_bytes, bytes_per_sample=bytes_per_sample,
+    )  # fmt: skip
     while (asked := search.ask()) is not None:
         if observer is not None:
             observer(asked)

@@ -50,12 +50,12 @@ def test_a_predicted_sweep_is_never_certified_and_shows_its_notes_and_interval()
 
 def test_checkpointing_is_predicted_at_the_largest_size_without_it_too():
     spec = make_spec(checkpointing=(Checkpointing.NONE, Checkpointing.FULL))
-    device = ThresholdDevice({FP32: 9, FP32_FULL: 1000}, source=PREDICTED)
+    device = ThresholdDevice({FP32: 20, FP32_FULL: 1000}, source=PREDICTED)
     plain, full = plan_sweep(spec, device)
-    assert device.sizes(FP32_FULL)[-1] == plain.max_batch_size == 9
-    assert (full.max_batch_size, full.trials[-1].batch_size) == (1000, 9)
-    assert "of the allocated bytes at batch size 9" in summary([plain, full])[-1]
-    measured = ThresholdDevice({FP32: 9, FP32_FULL: 1000})
+    assert device.sizes(FP32_FULL)[-1] == plain.max_batch_size == 20
+    assert (full.max_batch_size, full.trials[-1].batch_size) == (1000, 20)
+    assert "of the allocated bytes at batch size 20" in summary([plain, full])[-1]
+    measured = ThresholdDevice({FP32: 20, FP32_FULL: 1000})
     plan_sweep(spec, measured)
     assert measured.sizes(FP32_FULL)[-1] == 1001
 
@@ -78,14 +78,14 @@ def test_nothing_is_prepared_for_a_stored_answer():
 
 @pytest.mark.parametrize("batch_size", [None, 4])
 def test_what_a_gpu_cannot_explain_the_virtual_one_does(batch_size):
-    at = batch_size or 1
+    at, first_predicted = batch_size or 1, batch_size or 8
     device = ThresholdDevice(9, script={(FP32, at): [Outcome.FAILED, Outcome.FAILED]})
     error = InvalidSpec("40 tokens are more than the model has positions for", field="data.sequence_length")
-    virtual = ThresholdDevice(9, source=PREDICTED, script={(FP32, at): [error]})
+    virtual = ThresholdDevice(9, source=PREDICTED, script={(FP32, first_predicted): [error]})
     with pytest.raises(InvalidSpec, match="40 tokens"):
         plan_sweep(make_spec(), device, predict_start=virtual, batch_size=batch_size)
     error = ModelError("embedding looks up index 50 of 50: out of range", field="model")
-    virtual = ThresholdDevice(9, source=PREDICTED, script={(FP32, at): [error]})
+    virtual = ThresholdDevice(9, source=PREDICTED, script={(FP32, first_predicted): [error]})
     device = ThresholdDevice(9, script={(FP32, at): [Outcome.FAILED, Outcome.FAILED]})
     (plan,) = plan_sweep(make_spec(), device, predict_start=virtual, batch_size=batch_size)
     assert plan.error["message"] == (
@@ -112,7 +112,7 @@ def test_a_right_prediction_makes_two_trials_enough():
 
 
 def test_a_prediction_that_fails_costs_only_its_help():
-    virtual = ThresholdDevice(54, source=PREDICTED, script={(FP32, 1): [ModelError("no meta kernel")]})
+    virtual = ThresholdDevice(54, source=PREDICTED, script={(FP32, 8): [ModelError("no meta kernel")]})
     (plan,) = plan_sweep(make_spec(), ThresholdDevice(5), predict_start=virtual)
     assert (plan.max_batch_size, plan.certified) == (5, True)
 

@@ -1,6 +1,7 @@
 """The search against thresholds: exact, economical, and never reporting a size that did not run."""
 
 import math
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -56,13 +57,38 @@ thresholds = st.one_of(st.integers(0, 40), st.integers(0, 100_000))
 shapes = {"base_share": st.floats(0.0, 0.7), "waste": st.floats(1.0, 1.3)}
 
 
-@given(threshold=thresholds, peaks=st.booleans(), fresh=st.booleans(), **shapes)
-def test_without_a_start_it_is_exact_within_twice_a_bisection(threshold, peaks, fresh, base_share, waste):
+def bisection_trials(threshold):
+    """Of the finder that everybody has: 1, 2, 4, ... until one runs out of memory, then halving."""
+    return 2 * int(math.log2(threshold)) + 2 if threshold else 1
+
+
+@given(threshold=thresholds, peaks=st.booleans(), **shapes)
+def test_without_a_start_it_is_exact_and_takes_no_more_trials_than_a_bisection(threshold, peaks, base_share, waste):
     card = Card(threshold, base_share=base_share, waste=waste, peaks=peaks)
-    result = search_max_batch(card, confirm_fresh=fresh, capacity_bytes=card.capacity)
+    result = search_max_batch(card, capacity_bytes=card.capacity)
     check_sound(result, card)
-    assert result.certified == fresh
-    assert len(result.trials) <= 2 * math.log2(max(threshold, 1)) + 12 + 2 * fresh
+    assert not result.certified
+    assert len(result.trials) <= bisection_trials(threshold)
+
+
+@given(threshold=thresholds, peaks=st.booleans(), **shapes)
+def test_fresh_processes_cost_two_trials_more_at_most(threshold, peaks, base_share, waste):
+    card = Card(threshold, base_share=base_share, waste=waste, peaks=peaks)
+    result = search_max_batch(card, confirm_fresh=True, capacity_bytes=card.capacity)
+    check_sound(result, card)
+    assert result.certified
+    assert len(result.trials) <= bisection_trials(threshold) + 2
+
+
+@given(threshold=thresholds, noise=st.integers(0, 2**32), **shapes)
+def test_peaks_that_say_nothing_cost_a_few_trials_at_most(threshold, noise, base_share, waste):
+    """Two trials for each doubling that a wrong line leads to, and two in the bracket."""
+    card = Card(threshold, base_share=base_share, waste=waste)
+    random = Random(noise)
+    card.peaks = lambda size: Peaks(allocated_bytes=random.randrange(1, GIB), reserved_bytes=random.randrange(1, GIB))
+    result = search_max_batch(card, capacity_bytes=card.capacity)
+    check_sound(result, card)
+    assert len(result.trials) <= 2 * bisection_trials(threshold) + 8
 
 
 @given(threshold=st.integers(1, 100_000), fresh=st.booleans())
@@ -90,6 +116,18 @@ def test_a_start_that_is_a_few_percent_off_costs_a_few_trials(threshold, error):
     result = search_max_batch(card, start=start, capacity_bytes=card.capacity)
     check_sound(result, card)
     assert len(result.trials) <= 4 + 2 * math.log2(1 + max(abs(start - threshold), start / 100))
+
+
+@given(threshold=st.integers(20, 3000), error=st.floats(0, 0.2), off=st.floats(0.97, 1.03))
+def test_bytes_per_sample_lead_from_a_start_that_is_too_low_to_the_answer(threshold, error, off):
+    card = Card(threshold)
+    start = max(round(threshold * (1 - error)), 1)
+    result = search_max_batch(
+        card, start=start, capacity_bytes=card.capacity, bytes_per_sample=card.slope * off, confirm_fresh=True
+    )
+    check_sound(result, card)
+    assert len(result.trials) <= 10
+    assert [call[0] for call in card.calls][:2] == [start, start + 1]
 
 
 @pytest.mark.parametrize("off_by", [-2, -1, 1, 2])
@@ -120,7 +158,7 @@ def test_a_model_that_never_runs_out_stops_at_the_limit_and_says_so(start):
     result = search_max_batch(card, start=start, limit=1000, capacity_bytes=card.capacity, confirm_fresh=True)
     assert (result.max_batch_size, result.first_oom_batch_size, result.certified) == (1000, None, False)
     assert max(size for size, _ in card.calls) == 1000
-    assert any("did not run out of memory up to batch size 1000" in note for note in result.notes)
+    assert any("did not run out of memory up to batch size 1000, where the search stops" in n for n in result.notes)
     assert len(card.calls) <= 16
 
 
@@ -187,22 +225,87 @@ def test_a_runner_without_fresh_processes_gives_an_uncertified_answer():
     assert (result.max_batch_size, result.first_oom_batch_size, result.certified) == (8, 9, False)
 
 
-def test_fits_above_an_out_of_memory_is_noted_as_not_monotone():
-    """Warm, 10 does not fit and the start 9 does; fresh, only up to 8 and, by luck of fragmentation, 10."""
-    outcomes = {(9, True): [OOM], (8, True): [FITS], (10, True): [FITS], (11, True): [OOM]}
-    search = Search(start=10, confirm_fresh=True)
-    asked = search.ask()
-    assert (asked.batch_size, asked.fresh) == (10, True)
-    probe = scripted(outcomes)
-    search.tell(probe(10, True))
-    # What the search has no reason to ask, evidence from elsewhere may say: an out of memory below a size that fits.
-    search._evidence[9] = probe(9, True)
-    search._trials.append(probe(9, True))
+def islands(*fitting):
+    """A card on which exactly these ranges of sizes fit: fragmentation."""
+
+    def probe(size, fresh):
+        fits = any(first <= size <= last for first, last in fitting)
+        return Trial(
+            batch_size=size, outcome=FITS if fits else OOM, source=Source.MEASURED, peaks=None, fresh_process=fresh
+        )
+
+    return probe
+
+
+def test_a_size_that_fits_above_one_that_does_not_is_told_from_a_monotone_result():
+    result = search_max_batch(islands((1, 40), (42, 44)), start=40, suspects=(43,), confirm_fresh=True)
+    assert (result.max_batch_size, result.first_oom_batch_size, result.certified) == (44, 45, True)
+    assert result.oom_below == (41,)
+    assert any(note.startswith("not monotone: batch size 41 ran out of memory and 43 fitted") for note in result.notes)
+    below = search_max_batch(islands((1, 40), (42, 44)), start=44, suspects=(41,), confirm_fresh=True)
+    assert (below.max_batch_size, below.oom_below) == (44, (41,))
+
+
+def test_a_suspect_that_does_what_monotony_expects_changes_nothing():
+    card = Card(40)
+    result = search_max_batch(card, start=40, suspects=(38, 43), confirm_fresh=True, capacity_bytes=card.capacity)
+    check_sound(result, card)
+    assert (result.oom_below, result.notes, result.certified) == ((), (), True)
+    assert [size for size, _ in card.calls] == [40, 41, 38, 43]
+
+
+@given(st.lists(st.integers(1, 60), unique=True, max_size=8), st.integers(0, 60), st.none() | st.integers(1, 80))
+def test_whatever_fits_what_is_reported_ran(holes, largest, start):
+    """Sizes up to ``largest`` fit but for some holes: the answer ran, and the size above it ran out of memory."""
+    fitting = set(range(1, largest + 1)) - set(holes)
+    result = search_max_batch(
+        islands(*((size, size) for size in fitting)), start=start, suspects=holes, confirm_fresh=True
+    )
+    outcomes = {trial.batch_size: trial.outcome for trial in result.trials}
+    assert result.certified
+    assert result.max_batch_size == 0 or result.max_batch_size in fitting
+    assert outcomes.get(result.max_batch_size) is (FITS if result.max_batch_size else None)
+    assert outcomes[result.first_oom_batch_size] is OOM
+    assert result.first_oom_batch_size == result.max_batch_size + 1
+    assert all(outcomes[size] is OOM and size < result.max_batch_size for size in result.oom_below)
+    assert bool(result.oom_below) == any(note.startswith("not monotone") for note in result.notes)
+
+
+@given(threshold=st.integers(0, 3000), multiple=st.integers(1, 64), start=st.none() | st.integers(-5, 4000))
+def test_only_multiples_are_asked_for_and_the_pair_is_one_multiple_apart(threshold, multiple, start):
+    card = Card(threshold)
+    result = search_max_batch(card, start=start, multiple_of=multiple, confirm_fresh=True, capacity_bytes=card.capacity)
+    assert all(size % multiple == 0 for size, _ in card.calls)
+    assert result.max_batch_size == threshold // multiple * multiple
+    assert result.first_oom_batch_size == result.max_batch_size + multiple
+    assert result.certified
+    assert len(result.trials) <= bisection_trials(threshold // multiple) + 2 or start is not None
+
+
+@given(threshold=st.integers(0, 300), limit=st.integers(8, 200), start=st.none() | st.integers(1, 400))
+def test_a_limit_ends_the_search_without_a_certificate(threshold, limit, start):
+    card = Card(threshold)
+    result = search_max_batch(
+        card, start=start, limit=limit, multiple_of=8, confirm_fresh=True, capacity_bytes=card.capacity
+    )
+    assert all(size <= limit for size, _ in card.calls)
+    assert result.max_batch_size == min(threshold, limit) // 8 * 8
+    assert result.certified == (result.max_batch_size + 8 <= limit)
+    assert any("not certified as the largest" in note for note in result.notes) != result.certified
+
+
+def test_the_limit_has_a_name_where_somebody_chose_it():
+    search = Search(limit=32, limit_name="search.max_batch_size", start=54, confirm_fresh=True)
+    card = Card(54)
     while (asked := search.ask()) is not None:
-        search.tell(probe(asked.batch_size, asked.fresh))
-    result = search.result()
-    assert (result.max_batch_size, result.first_oom_batch_size) == (10, 11)
-    assert any("not monotone: batch size 9 ran out of memory and 10 fitted" in note for note in result.notes)
+        search.tell(card(asked.batch_size, asked.fresh))
+    assert [size for size, _ in card.calls] == [32]
+    assert search.result().notes == (
+        "did not run out of memory up to batch size 32, where the search stops (search.max_batch_size): not certified "
+        "as the largest",
+    )
+    with pytest.raises(ValueError, match="no multiple of 8"):
+        Search(limit=7, multiple_of=8)
 
 
 @given(threshold=st.integers(0, 5000), start=st.none() | st.integers(1, 5000), fresh=st.booleans())
