@@ -3,12 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from planner.specs.model import Spec
 from planner.specs.variants import Variant
 from planner.trials import Environment, Trial
+from planner.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """A real GPU held to less than it has: what is measured there is *measured under a limit*."""
+
+    gpu: str
+    """The type that runs the trials."""
+    capacity_bytes: int
+    unlimited_capacity_bytes: int
+    """What that type leaves the caching allocator."""
+    stands_for: str | None = None
+    """The type whose capacity it is, where another one is meant."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def note(self) -> str:
+        """What must be said beside the figures."""
+        most, room = format_bytes(self.unlimited_capacity_bytes), format_bytes(self.capacity_bytes)
+        if self.stands_for is None:
+            return f"{_UNDER_A_LIMIT} {room} of the {most} that one {self.gpu} leaves the allocator"
+        return (
+            f"{_UNDER_A_LIMIT} on {self.gpu}, held to the {room} that one {self.stands_for} leaves the allocator: the "
+            f"choice of kernels, their workspaces and the speed are those of {self.gpu}"
+        )
+
+    @staticmethod
+    def is_note(note: str) -> bool:
+        return note.startswith(_UNDER_A_LIMIT)
+
+
+_UNDER_A_LIMIT = "measured under a limit:"
 
 
 class TrialRunner(Protocol):
@@ -35,6 +71,11 @@ class Device(Protocol):
 
     capacity_bytes: int
     """The most that PyTorch's caching allocator may reserve."""
+
+    @property
+    def limit(self) -> Limit | None:
+        """Of a real GPU that is held to less than it has."""
+        ...
 
     def environment(self, spec: Spec) -> Environment:
         """What the evidence of this spec's trials here is recorded with; cheap, imports no torch."""

@@ -76,10 +76,10 @@ def list_gpus() -> tuple[Gpu, ...]:
     return tuple(sorted(_catalogue().values(), key=lambda gpu: (gpu.compute_capability, gpu.total_bytes), reverse=True))
 
 
-def find_gpu(name: str) -> Gpu:
+def find_gpu(name: str, *, field: str = "gpu") -> Gpu:
     """The type of that catalogue name, alias or driver name, in any case.
 
-    Raises ``InvalidArgument`` (field ``gpu``) with the nearest catalogue name.
+    Raises ``InvalidArgument`` naming ``field``, with the nearest catalogue name.
     """
     wanted = name.strip().lower()
     for gpu in _catalogue().values():
@@ -89,7 +89,7 @@ def find_gpu(name: str) -> Gpu:
     near = next((known for known in names if known.startswith(wanted)), None) if wanted else None
     near = near or nearest(wanted.replace(" ", "-").replace("_", "-"), names)
     listed = "" if near else f"; known: {', '.join(gpu.name for gpu in list_gpus())}"
-    raise InvalidArgument(f"{name!r} is not a GPU type in the catalogue{listed}", field="gpu", suggestion=near)
+    raise InvalidArgument(f"{name!r} is not a GPU type in the catalogue{listed}", field=field, suggestion=near)
 
 
 def recognise(driver_name: str, total_bytes: int) -> Gpu | None:

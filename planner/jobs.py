@@ -41,6 +41,8 @@ class JobRequest:
     batch_size: int | None = None
     fresh: bool = False
     """Work it out again even where the store has an answer."""
+    on: str | None = None
+    """Catalogue name of the type that measures, in place of ``gpu``, under the capacity of ``gpu``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -205,8 +205,8 @@ class _VariantWork:
             self.spec.hash, self.variant, self.environment.key(), self.device.capacity_bytes, self.batch_size,
             self.question,
         )  # fmt: skip
-        # The label is the asker's: it is no part of what is trained.
-        return plan and replace(plan, stored=True, spec_name=self.spec.name)
+        # The label is the asker's: it is no part of what is trained. So is what a limit stands for.
+        return plan and self._marked(replace(plan, stored=True, spec_name=self.spec.name))
 
     def plan(self, predict_start: Device | None) -> Plan:
         self._read_trials_back()
@@ -223,9 +223,18 @@ class _VariantWork:
         if self.num_read_back:
             note = f"{self.num_read_back} of {len(self.trials)} trials had been stored by an earlier run"
             plan = replace(plan, notes=(*plan.notes, note))
+        plan = self._marked(plan)
         if self.store is not None:
             plan = replace(plan, id=self.store.add_plan(self.spec, plan, self.trial_ids))
         return plan
+
+    def _marked(self, plan: Plan) -> Plan:
+        """``plan`` with the word that it was measured under a limit, where it was."""
+        limit = self.device.limit
+        if limit is None:
+            return plan
+        notes = (note for note in plan.notes if not limit.is_note(note))
+        return replace(plan, notes=(limit.note, *notes), details={**plan.details, "limit": limit.as_dict()})
 
     def _read_trials_back(self) -> None:
         if self.store is None or self.fresh:

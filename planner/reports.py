@@ -32,6 +32,8 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "gpu": plan.gpu,
         "capacity_bytes": plan.capacity_bytes,
         "source": str(plan.source),
+        "measured_under_limit": plan.is_under_limit,
+        "stands_for": plan.stands_for,
         "status": str(plan.status),
         **answer,
         "certified": plan.certified,

@@ -27,6 +27,8 @@ class Choice:
     local: LocalGpu | None
     """The card to measure on; ``None`` = the virtual GPU."""
     capacity_bytes: int
+    stands_for: Gpu | None = None
+    """The type whose capacity that is, where it is measured on another one."""
     notes: tuple[str, ...] = ()
     """Sentences that whoever asked must see."""
 
@@ -46,28 +48,40 @@ def choose_device(
     gpu: str | None,
     capacity_bytes: int | None,
     predicted_only: bool,
+    on: str | None = None,
     *,
     find_local: Callable[[], Sequence[LocalGpu]] = local_gpus,
 ) -> Selected:
     """The device for a question about ``gpu`` (``None`` = this machine's) under ``capacity_bytes`` (``None`` = all).
 
-    Raises ``InvalidArgument`` (``gpu``, ``capacity``), ``DeviceUnavailable`` when a driver is there but does not
-    answer. Nothing is started; torch is not imported.
+    ``on`` is the type to measure it on, in place of ``gpu``, under the capacity of ``gpu``. Raises ``InvalidArgument``
+    (``gpu``, ``capacity``, ``on``), ``DeviceUnavailable`` when a driver is there but does not answer.
+
+    Nothing is started; torch is not imported.
     """
     from planner.virtual.device import VirtualDevice
 
-    choice = choose(gpu, capacity_bytes, predicted_only, find_local())
+    choice = choose(gpu, capacity_bytes, predicted_only, find_local(), on)
     virtual = VirtualDevice(choice.gpu, choice.capacity_bytes)
     if choice.local is None:
         return Selected(device=virtual, gpu=choice.gpu, predictor=None, notes=choice.notes)
     from planner.runtime.device import LocalDevice
 
-    real = LocalDevice(choice.local, choice.capacity_bytes)
+    stands_for = choice.stands_for.name if choice.stands_for else None
+    real = LocalDevice(choice.local, choice.capacity_bytes, stands_for=stands_for)
     return Selected(device=real, gpu=choice.gpu, predictor=virtual, notes=choice.notes)
 
 
-def choose(name: str | None, capacity_bytes: int | None, predicted_only: bool, here: Sequence[LocalGpu]) -> Choice:
+def choose(
+    name: str | None,
+    capacity_bytes: int | None,
+    predicted_only: bool,
+    here: Sequence[LocalGpu],
+    on: str | None = None,
+) -> Choice:
     """The rules of ``choose_device``, given the GPUs that are ``here``. Raises ``InvalidArgument``."""
+    if on is not None:
+        return _choose_on(on, name, capacity_bytes, predicted_only, here)
     types = [card.gpu for card in here]
     if name is not None:
         gpu = next((kind for kind in types if kind.name == name), None) or find_gpu(name)
@@ -82,6 +96,30 @@ def choose(name: str | None, capacity_bytes: int | None, predicted_only: bool, h
     capacity, limited = usable_capacity(gpu, capacity_bytes, real=local is not None)
     notes.extend(limited)
     return Choice(gpu=gpu, local=local, capacity_bytes=capacity, notes=tuple(notes))
+
+
+def _choose_on(
+    on: str, name: str | None, capacity_bytes: int | None, predicted_only: bool, here: Sequence[LocalGpu]
+) -> Choice:
+    """``on`` measures under the capacity of ``name``, or of its own where that is not given."""
+    if predicted_only:
+        raise InvalidArgument("a prediction runs on no GPU; name the type that it is for in gpu", field="on")
+    types = {card.gpu.name: card for card in reversed(here)}
+    local = types.get(on) or types.get(find_gpu(on, field="on").name)
+    if local is None:
+        listed = f"only {', '.join(types)}" if types else "no GPU"
+        raise InvalidArgument(f"no {on} is here: {listed}", field="on", suggestion=next(iter(types), None))
+    card, gpu = local.gpu, local.gpu if name is None else types[name].gpu if name in types else find_gpu(name)
+    stands_for = None if gpu.name == card.name else gpu
+    capacity, notes = usable_capacity(gpu, capacity_bytes, real=stands_for is None)
+    most = default_capacity_bytes(card)
+    if stands_for is not None and capacity > most:
+        raise InvalidArgument(
+            f"one {card.name} leaves the allocator {format_bytes(most)}, which is less than the "
+            f"{format_bytes(capacity)} to be measured for {gpu.name}",
+            field="on",
+        )
+    return Choice(gpu=card, local=local, capacity_bytes=capacity, stands_for=stands_for, notes=notes)
 
 
 def usable_capacity(gpu: Gpu, capacity_bytes: int | None, *, real: bool) -> tuple[int, tuple[str, ...]]:

@@ -191,6 +191,17 @@ class Plan:
         return self.environment.gpu
 
     @property
+    def is_under_limit(self) -> bool:
+        """Measured on a GPU that was held to less than it has."""
+        return "limit" in self.details
+
+    @property
+    def stands_for(self) -> str | None:
+        """Of a plan that was measured under the capacity of another GPU type: which."""
+        limit = self.details.get("limit")
+        return limit.get("stands_for") if isinstance(limit, Mapping) else None
+
+    @property
     def samples_per_second(self) -> float | None:
         size = self.batch_size if self.batch_size is not None else self.max_batch_size
         return size / self.step_time_s if size and self.step_time_s else None

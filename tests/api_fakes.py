@@ -71,6 +71,8 @@ class ThresholdDevice:
     def environment(self, spec: Spec) -> Environment:
         return environment(self._gpu)
 
+    limit = None
+
     def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None: ...
 
     def open(self, spec: Spec, variant: Variant) -> ThresholdRunner:
@@ -104,10 +106,10 @@ class ThresholdRunner:
         return None
 
 
-def choosing(device: ThresholdDevice) -> Callable[[str | None, int | None, bool], Selected]:
+def choosing(device: ThresholdDevice) -> Callable[[str | None, int | None, bool, str | None], Selected]:
     """A ``choose_device`` that always answers ``device``."""
 
-    def choose(gpu: str | None, capacity_bytes: int | None, predicted_only: bool) -> Selected:
+    def choose(gpu: str | None, capacity_bytes: int | None, predicted_only: bool, on: str | None) -> Selected:
         note = f"predicted on a virtual {gpu}, nothing is measured"
         return Selected(device=device, gpu=find_gpu(gpu or "h200"), predictor=None, notes=(note,))
 

@@ -56,6 +56,8 @@ class Card:
             driver_version="580.159.04", cuda_version="13.0", torch_version="2.13.0", planner_version="0.1.0",
         )  # fmt: skip
 
+    limit = None
+
     def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None: ...
 
     def open(self, spec: Spec, variant: Variant) -> CardRunner:
@@ -103,7 +105,9 @@ class CardParts(Parts):
         self.before = before
         self.card: Card | None = None
 
-    def choose_device(self, gpu: str | None, capacity_bytes: int | None, *, predicted_only: bool) -> Selected:
+    def choose_device(
+        self, gpu: str | None, capacity_bytes: int | None, *, predicted_only: bool, on: str | None
+    ) -> Selected:
         kind = find_gpu(gpu or "h200")
         self.card = Card(capacity_bytes or default_capacity_bytes(kind), self.largest, self.before)
         return Selected(device=self.card, gpu=kind, predictor=None, notes=())

@@ -62,6 +62,8 @@ class ThresholdDevice:
         self.num_open = 0
         self.prepared: list[tuple[Variant, ...]] = []
 
+    limit = None
+
     def prepare(self, spec, variants):
         self.prepared.append(tuple(variants))
 

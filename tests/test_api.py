@@ -42,6 +42,15 @@ def submit(client: TestClient, **question: Any) -> dict[str, Any]:
 # Jobs
 
 
+def test_a_job_names_the_gpu_type_that_stands_in_for_another(client: TestClient, store: Store) -> None:
+    response = client.post("/v1/jobs?gpu=a10g&on=H200", json=GPT2)
+    assert (response.status_code, response.json()["gpu"], response.json()["on"]) == (202, "a10g", "h200")
+    assert store.claim_job("w", gpus=["a10g"]) is None
+    claim = store.claim_job("w", gpus=["h200"])
+    assert claim is not None
+    assert (claim.job.request.gpu, claim.job.request.on) == ("a10g", "h200")
+
+
 def test_a_submitted_job_waits_in_the_store(client: TestClient, store: Store) -> None:
     reply = client.post(
         "/v1/jobs",

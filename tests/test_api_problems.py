@@ -60,6 +60,8 @@ BAD_QUESTIONS = [
     ({"gpu": "h2000"}, "invalid_argument", "gpu", "h200"),
     ({"gpu": 3}, "invalid_argument", "gpu", None),
     ({"capacity": "16 bananas"}, "invalid_argument", "capacity", None),
+    ({"on": "h2000"}, "invalid_argument", "on", None),
+    ({"on": "h200", "kind": "predict"}, "invalid_argument", "on", None),
     ({"capacity": "0GiB"}, "invalid_argument", "capacity", None),
     ({"capacity_bytes": -1}, "invalid_argument", "capacity_bytes", None),
     ({"capacity_bytes": 2**70}, "invalid_argument", "capacity_bytes", None),

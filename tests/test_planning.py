@@ -2,6 +2,7 @@
 
 import pytest
 
+from planner.devices import Limit
 from planner.errors import (
     Conflict,
     DeviceLost,
@@ -12,10 +13,11 @@ from planner.errors import (
 )
 from planner.planning import plan_sweep
 from planner.progress import SweepFinished, SweepStarted, TrialFinished, TrialStarted, VariantFinished, VariantStarted
-from planner.reports import summary
+from planner.reports import plan_dict, summary
 from planner.specs.variants import Checkpointing, Precision
 from planner.store import Store
 from planner.trials import Outcome, PlanStatus, Source
+from planner.units import GIB
 from tests.planning_fakes import BF16, BF16_FULL, FP32, FP32_FULL, MemoryStore, ThresholdDevice, make_spec
 
 PREDICTED = Source.PREDICTED
@@ -92,6 +94,21 @@ def test_what_a_gpu_cannot_explain_the_virtual_one_does(batch_size):
         f"batch size {at} failed twice: cuDNN error: CUDNN_STATUS_EXECUTION_FAILED; on the virtual GPU: embedding "
         "looks up index 50 of 50: out of range"
     )
+
+
+def test_a_plan_that_was_measured_under_a_limit_says_so_for_whoever_asks():
+    store, device = MemoryStore(), ThresholdDevice(9)
+    given = {"gpu": "h200", "capacity_bytes": 16 * GIB, "unlimited_capacity_bytes": 139 * GIB}
+    device.limit = Limit(**given, stands_for="a10g")
+    (plan,) = plan_sweep(make_spec(), device, store=store)
+    assert (plan.source, plan.gpu, plan.is_under_limit, plan.stands_for) == (Source.MEASURED, "h200", True, "a10g")
+    assert plan.notes[0] == device.limit.note
+    assert (plan_dict(plan)["measured_under_limit"], plan_dict(plan)["stands_for"]) == (True, "a10g")
+    # The same trials answer whoever asks for that capacity of this type itself.
+    device.limit = Limit(**given)
+    (again,) = plan_sweep(make_spec(), device, store=store)
+    assert (again.stored, again.is_under_limit, again.stands_for) == (True, True, None)
+    assert again.notes == (device.limit.note,)
 
 
 def test_nothing_fits():

@@ -52,6 +52,9 @@ class PreflightQuestion(Question):
 class JobQuestion(Question):
     spec: dict[str, Any] = Field(description="The spec document")
     kind: Literal["probe", "predict"] = "probe"
+    on: Annotated[StrictStr, Field(max_length=64)] | None = Field(
+        default=None, description="GPU type to measure on, held to the capacity of `gpu`", examples=["h200"]
+    )
     fresh: StrictBool = Field(default=False, description="Work it out again even where the store has an answer")
 
 
@@ -65,6 +68,7 @@ class Asked:
     capacity_bytes: int | None
     batch_size: int | None
     kind: Literal["probe", "predict"] = "probe"
+    on: str | None = None
     fresh: bool = False
 
 
@@ -149,6 +153,7 @@ def _check(data: dict[str, Any], model: type[JobQuestion] | type[PreflightQuesti
         raise InvalidArgument(first["msg"].lower(), field=name, suggestion=suggestion) from error
     if question.capacity is not None and question.capacity_bytes is not None:
         raise InvalidArgument("give either capacity or capacity_bytes", field="capacity")
+    on = _on(question)
     capacity = question.capacity if question.capacity is not None else question.capacity_bytes
     return Asked(
         document=plain(question.spec),
@@ -157,5 +162,14 @@ def _check(data: dict[str, Any], model: type[JobQuestion] | type[PreflightQuesti
         capacity_bytes=None if capacity is None else _capacity_bytes(capacity),
         batch_size=question.batch_size,
         kind=question.kind if isinstance(question, JobQuestion) else "probe",
+        on=on,
         fresh=question.fresh if isinstance(question, JobQuestion) else False,
     )
+
+
+def _on(question: Question) -> str | None:
+    if not isinstance(question, JobQuestion) or question.on is None:
+        return None
+    if question.kind == "predict":
+        raise InvalidArgument("a prediction runs on no GPU; name the type that it is for in gpu", field="on")
+    return find_gpu(question.on, field="on").name

@@ -35,6 +35,10 @@ class PlanDocument(BaseModel):
     gpu: str
     capacity_bytes: Bytes
     source: Literal["measured", "predicted"]
+    measured_under_limit: bool | None = Field(default=None, description="On a GPU that was held to less than it has")
+    stands_for: str | None = Field(
+        default=None, description="The GPU type whose capacity it was held to, where it is not `gpu`"
+    )
     max_batch_size: int | None = Field(default=None, description="Of a search; 0 when not even one sample fits")
     first_oom_batch_size: int | None = None
     predicted_max_batch_size: int | None = Field(
@@ -75,6 +79,7 @@ class JobSummary(BaseModel):
     kind: str
     name: str | None = Field(default=None, description="The spec's own label")
     gpu: str | None
+    on: str | None = Field(default=None, description="GPU type that measures, held to the capacity of `gpu`")
     capacity_bytes: int | None
     batch_size: int | None
     created_at: datetime
@@ -187,6 +192,7 @@ def summary_fields(job: Job) -> dict[str, Any]:
         "kind": job.request.kind,
         "name": name if isinstance(name, str) else None,
         "gpu": job.request.gpu,
+        "on": job.request.on,
         "capacity_bytes": job.request.capacity_bytes,
         "batch_size": job.request.batch_size,
         "created_at": job.created_at,

@@ -25,11 +25,12 @@ class EmbeddedService:
     def submit(self, question: Mapping[str, Any], *, idempotency_key: str | None = None) -> dict[str, Any]:
         from planner.gpus import find_gpu
 
-        gpu = question.get("gpu")
+        gpu, on = question.get("gpu"), question.get("on")
         request = JobRequest(
             kind=JobKind(question["kind"]),
             spec=question["spec"],
             gpu=None if gpu is None else find_gpu(gpu).name,
+            on=None if on is None else find_gpu(on, field="on").name,
             capacity_bytes=question.get("capacity_bytes"),
             batch_size=question.get("batch_size"),
             fresh=bool(question.get("fresh")),

@@ -14,6 +14,7 @@ from planner.cli.options import (
     Debug,
     Fresh,
     Gpu,
+    On,
     Quiet,
     ServerUrl,
     SpecFile,
@@ -57,6 +58,7 @@ def submit(
     spec: SpecFile,
     kind: Annotated[str, typer.Option("--kind", metavar="KIND", help="probe or predict.")] = "probe",
     gpu: Gpu = None,
+    on: On = None,
     capacity: Capacity = None,
     batch_size: BatchSize = None,
     fresh: Fresh = False,
@@ -76,7 +78,7 @@ def submit(
 
     check_batch_size(batch_size)
     question = {
-        "spec": parts_of(context).read_document(spec), "kind": one_of(JobKind, kind, "kind"), "gpu": gpu,
+        "spec": parts_of(context).read_document(spec), "kind": one_of(JobKind, kind, "kind"), "gpu": gpu, "on": on,
         "capacity_bytes": None if capacity is None else parse_bytes(capacity), "batch_size": batch_size, "fresh": fresh,
     }  # fmt: skip
     with open_service(context, store, server) as service:
@@ -196,7 +198,7 @@ def _print_job(job: dict[str, Any]) -> None:
     from planner.cli.tables import print_plans
 
     console = stdout_console()
-    asked = [f"gpu {job['gpu'] or 'any'}"]
+    asked = [f"gpu {job['gpu'] or 'any'}", *([f"measured on {job['on']}"] if job.get("on") else [])]
     if job["capacity_bytes"]:
         asked.append(f"capacity {format_bytes(job['capacity_bytes'])}")
     if job["batch_size"]:

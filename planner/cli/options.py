@@ -18,6 +18,12 @@ Gpu = Annotated[
     str | None,
     typer.Option("--gpu", metavar="NAME", help="GPU type, as `planner gpus` lists it; by default this machine's GPU."),
 ]
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on", metavar="NAME", help="Measure on this GPU type, held to the capacity of the one that --gpu names."
+    ),
+]
 Capacity = Annotated[
     str | None,
     typer.Option(

@@ -39,10 +39,12 @@ class Parts:
 
         return Store.open(url)
 
-    def choose_device(self, gpu: str | None, capacity_bytes: int | None, *, predicted_only: bool) -> Selected:
+    def choose_device(
+        self, gpu: str | None, capacity_bytes: int | None, *, predicted_only: bool, on: str | None
+    ) -> Selected:
         from planner.selection import choose_device
 
-        return choose_device(gpu, capacity_bytes, predicted_only)
+        return choose_device(gpu, capacity_bytes, predicted_only, on)
 
     def plan_sweep(
         self, spec: Spec, selected: Selected, *, store: Store, batch_size: int | None, fresh: bool, listener: Listener

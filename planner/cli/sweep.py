@@ -18,6 +18,7 @@ from planner.cli.options import (
     Debug,
     Fresh,
     Gpu,
+    On,
     Quiet,
     ServerUrl,
     SpecFile,
@@ -40,6 +41,7 @@ class Question:
     """``probe`` or ``predict``."""
     spec: Path
     gpu: str | None
+    on: str | None
     capacity_bytes: int | None
     batch_size: int | None
     fresh: bool
@@ -51,6 +53,7 @@ def probe(
     context: typer.Context,
     spec: SpecFile,
     gpu: Gpu = None,
+    on: On = None,
     capacity: Capacity = None,
     batch_size: BatchSize = None,
     store: StoreUrl = None,
@@ -62,10 +65,11 @@ def probe(
 ) -> int:
     """Find the largest batch size of every variant: measured on this machine's GPU, else on a virtual one.
 
-    With no GPU here, or with --gpu of another type, the plans are predictions, and say so.
+    With no GPU here, or with --gpu of another type, the plans are predictions, and say so; with --on they are measured
+    under that type's capacity, and say so.
     Exit status: 0 planned, 1 nothing fits, 2 bad spec or arguments.
     """
-    return _answer(context, "probe", spec, gpu, capacity, batch_size, store, server, fresh, as_json, quiet)
+    return _answer(context, "probe", spec, gpu, on, capacity, batch_size, store, server, fresh, as_json, quiet)
 
 
 def predict(
@@ -85,16 +89,16 @@ def predict(
 
     Exit status: 0 planned, 1 nothing fits, 2 bad spec or arguments.
     """
-    return _answer(context, "predict", spec, gpu, capacity, batch_size, store, server, fresh, as_json, quiet)
+    return _answer(context, "predict", spec, gpu, None, capacity, batch_size, store, server, fresh, as_json, quiet)
 
 
 def _answer(
-    context: typer.Context, kind: str, spec: Path, gpu: str | None, capacity: str | None, batch_size: int | None,
-    store: str | None, server: str | None, fresh: bool, as_json: bool, quiet: bool,
+    context: typer.Context, kind: str, spec: Path, gpu: str | None, on: str | None, capacity: str | None,
+    batch_size: int | None, store: str | None, server: str | None, fresh: bool, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     check_batch_size(batch_size)
     question = Question(
-        kind=kind, spec=spec, gpu=gpu, capacity_bytes=None if capacity is None else parse_bytes(capacity),
+        kind=kind, spec=spec, gpu=gpu, on=on, capacity_bytes=None if capacity is None else parse_bytes(capacity),
         batch_size=batch_size, fresh=fresh, as_json=as_json, quiet=quiet,
     )  # fmt: skip
     store, server = one_of_store_and_server(context, store, server)
@@ -109,7 +113,9 @@ def _plan_here(parts: Parts, question: Question, store_url: str | None) -> int:
     from planner.reports import plan_dict, summary
 
     spec = parts.load_spec(question.spec)
-    selected = parts.choose_device(question.gpu, question.capacity_bytes, predicted_only=question.kind == "predict")
+    selected = parts.choose_device(
+        question.gpu, question.capacity_bytes, predicted_only=question.kind == "predict", on=question.on
+    )
     total = len(spec.variants.product())
     progress = SweepProgress()
     error: PlannerError | None = None
@@ -159,8 +165,8 @@ def _ask_service(parts: Parts, question: Question, server: str) -> int:
     with interruptible(), parts.connect(server) as client:
         job = client.submit(
             {
-                "spec": document, "kind": question.kind, "gpu": question.gpu, "capacity_bytes": question.capacity_bytes,
-                "batch_size": question.batch_size, "fresh": question.fresh,
+                "spec": document, "kind": question.kind, "gpu": question.gpu, "on": question.on,
+                "capacity_bytes": question.capacity_bytes, "batch_size": question.batch_size, "fresh": question.fresh,
             }
         )  # fmt: skip
         try:

@@ -100,6 +100,8 @@ def origin(plans: Sequence[Mapping[str, Any]]) -> list[str]:
             where = (
                 f"measured on {seen.get('gpu_name') or plan['gpu']}, driver {seen.get('driver_version') or 'unknown'}"
             )
+            if plan.get("measured_under_limit"):
+                where += f", under a limit{' for ' + plan['stands_for'] if plan.get('stands_for') else ''}"
         torch = f"; torch {seen['torch_version']}" if seen.get("torch_version") else ""
         lines.append(f"{where}; the allocator may reserve {format_bytes(plan['capacity_bytes'])}{torch}")
     return list(dict.fromkeys(lines))

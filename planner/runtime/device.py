@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
+from planner.devices import Limit
 from planner.environment import measured_environment
 from planner.errors import error_from_dict
 from planner.gpus import Gpu, default_capacity_bytes
@@ -36,6 +37,7 @@ class LocalDevice:
     """One GPU of this machine with ``capacity_bytes`` for the caching allocator.
 
     A preloaded process (``planner.runtime.child``) is kept for the spec in hand, and goes with this object.
+    ``stands_for`` is the GPU type whose capacity that is, where it is not this one's.
     ``child_module`` and ``wait_idle`` are for tests.
     """
 
@@ -44,6 +46,7 @@ class LocalDevice:
         local: LocalGpu,
         capacity_bytes: int,
         *,
+        stands_for: str | None = None,
         trial_timeout_s: float = TRIAL_TIMEOUT_S,
         child_module: str = "planner.runtime.child",
         wait_idle: WaitIdle = wait_until_idle,
@@ -51,6 +54,7 @@ class LocalDevice:
         self.local = local
         self.gpu: Gpu = local.gpu
         self.capacity_bytes = capacity_bytes
+        self.stands_for = stands_for
         self.trial_timeout_s = trial_timeout_s
         self._child_module = child_module
         self._wait_idle = wait_idle
@@ -58,6 +62,18 @@ class LocalDevice:
         self._is_opening = False
         self._held = Held()
         weakref.finalize(self, _kill_all, self._preloaded)
+
+    @property
+    def limit(self) -> Limit | None:
+        most = default_capacity_bytes(self.gpu)
+        if self.capacity_bytes >= most and self.stands_for is None:
+            return None
+        return Limit(
+            gpu=self.gpu.name,
+            capacity_bytes=self.capacity_bytes,
+            unlimited_capacity_bytes=most,
+            stands_for=self.stands_for,
+        )
 
     def environment(self, spec: Spec) -> Environment:
         return measured_environment(spec, self.gpu, self.local)

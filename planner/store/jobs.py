@@ -49,9 +49,9 @@ class JobStore(Database):
         job_id, request_hash = new_id(now), convert.fingerprint(data)
         dialect = sqlite if self._address.is_sqlite else postgresql
         insert = dialect.insert(JobRow).values(
-            id=job_id, kind=data["kind"], gpu=convert.storable(request.gpu), request=data, request_hash=request_hash,
-            idempotency_key=idempotency_key, state=JobState.QUEUED, attempt=0, token=0, cancel_requested=False,
-            plan_ids=[], num_events=0, created_at=now,
+            id=job_id, kind=data["kind"], gpu=convert.storable(request.on or request.gpu), request=data,
+            request_hash=request_hash, idempotency_key=idempotency_key, state=JobState.QUEUED, attempt=0, token=0,
+            cancel_requested=False, plan_ids=[], num_events=0, created_at=now,
         )  # fmt: skip
         with self._writing() as session:
             # Waits for a transaction that is inserting the same key, then does nothing.

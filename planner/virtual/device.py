@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
+from planner.devices import Limit
 from planner.environment import allocator_conf, predicted_environment
 from planner.errors import ModelError
 from planner.gpus import Gpu
@@ -32,6 +33,11 @@ class VirtualDevice:
         self.gpu = gpu
         self.capacity_bytes = capacity_bytes
         self.timeout_s = timeout_s
+
+    @property
+    def limit(self) -> Limit | None:
+        """None: nothing is measured here."""
+        return None
 
     def environment(self, spec: Spec) -> Environment:
         return predicted_environment(spec, self.gpu)

@@ -26,7 +26,7 @@ from planner.trials import Plan, PlanStatus
 from planner_workers.events import event_of
 from planner_workers.lease import Lease
 
-Choose = Callable[[str | None, int | None, bool], Selected]
+Choose = Callable[[str | None, int | None, bool, str | None], Selected]
 
 STOP_GRACE_S: Final = 5.0
 """How long a stopping worker waits for the running trial before it leaves the job to the next worker."""
@@ -147,7 +147,7 @@ class Worker:
         request = claim.job.request
         spec = parse_spec(request.spec)
         check_targets(spec, self._allowed_targets)
-        selected = self._choose(request.gpu, request.capacity_bytes, request.kind is JobKind.PREDICT)
+        selected = self._choose(request.gpu, request.capacity_bytes, request.kind is JobKind.PREDICT, request.on)
         for note in selected.notes:
             self.store.append_event(claim, "note", {"text": note})
 

@@ -61,6 +61,7 @@ async def submit(
             kind=JobKind(asked.kind),
             spec=asked.document,
             gpu=asked.gpu,
+            on=asked.on,
             capacity_bytes=asked.capacity_bytes,
             batch_size=asked.batch_size,
             fresh=asked.fresh,
