@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from planner.specs.model import Spec
 from planner.specs.variants import Variant
@@ -64,6 +64,18 @@ class TrialRunner(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None: ...
+
+
+@runtime_checkable
+class Explainer(Protocol):
+    """A runner that can also say what takes the memory."""
+
+    def explain(self, batch_size: int) -> Mapping[str, Any]:
+        """JSON data, predicted: bytes by kind and by module at the peak, the largest tensors, the timeline.
+
+        Raises what ``TrialRunner.run`` raises.
+        """
+        ...
 
 
 class Device(Protocol):

@@ -44,6 +44,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "samples_per_second": plan.samples_per_second,
         "num_trials": len(plan.trials),
         "trials": [trial_dict(trial) for trial in plan.trials],
+        "explanation": plan.details.get("explanation"),
         "notes": list(plan.notes),
         "error": None if plan.error is None else dict(plan.error),
         "stored": plan.stored,

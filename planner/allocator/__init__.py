@@ -11,6 +11,7 @@ from planner.allocator.config import (
     normalised_conf,
     parse_conf,
 )
+from planner.allocator.moments import Moment, moments
 from planner.allocator.replay import Events, OomEvent, ReplayResult, replay
 from planner.allocator.snapshot import BlockInfo, SegmentInfo, snapshot
 
@@ -19,12 +20,14 @@ __all__ = [
     "BlockInfo",
     "CachingAllocator",
     "Events",
+    "Moment",
     "OomEvent",
     "OutOfMemory",
     "ReplayResult",
     "SegmentInfo",
     "conf_from_environment",
     "fraction_limit_bytes",
+    "moments",
     "normalised_conf",
     "parse_conf",
     "replay",

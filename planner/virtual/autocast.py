@@ -7,6 +7,7 @@ aten/src/ATen/autocast_mode.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ _LOW = (torch.float16, torch.bfloat16)
 class WeightCache:
     """Casts of leaf parameters, kept until the outermost autocast context ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, noted: Callable[[torch.Tensor], None]) -> None:
+        self._noted = noted
         self._casts: dict[
             int, tuple[torch.Tensor, torch.Tensor]
         ] = {}  # by id; holds the source so that ids stay unique
@@ -65,6 +67,7 @@ class WeightCache:
         if found is None:
             found = (tensor, tensor.to(dtype))
             self._casts[id(tensor)] = found
+            self._noted(found[1])
         return found[1]
 
 
@@ -77,9 +80,12 @@ def _eligible(value: object) -> bool:
     )
 
 
-def install() -> None:
-    """Register the kernels for the ``vgpu`` backend and empty the cache where torch empties CUDA's."""
-    cache = WeightCache()
+def install(noted: Callable[[torch.Tensor], None] = lambda cast: None) -> None:
+    """Register the kernels for the ``vgpu`` backend and empty the cache where torch empties CUDA's.
+
+    ``noted`` is told of each cast that the cache keeps.
+    """
+    cache = WeightCache(noted)
     clear = torch.clear_autocast_cache
 
     def clear_both() -> None:

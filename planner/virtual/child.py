@@ -5,8 +5,9 @@ torch is changed for the whole process here (``planner.virtual.backend``), hence
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from planner.allocator import AllocatorConfig, parse_conf
@@ -14,6 +15,7 @@ from planner.errors import ModelError, PlannerError, described
 from planner.processes import serve
 from planner.specs.document import parse_spec
 from planner.specs.variants import Variant
+from planner.virtual.explanation import explain
 from planner.virtual.prediction import predict_trial
 from planner.virtual.scaling import TraceFamily
 
@@ -61,27 +63,48 @@ class Predictor:
 
     def trial(self, *, batch_size: int) -> Mapping[str, Any]:
         """Predict one batch size; the model's own failure becomes a ``ModelError`` that quotes it."""
-        assert self._family is not None, "open comes first"
-        try:
+        with _errors_of_the_model():
             return predict_trial(
-                self._family,
+                self._traces(),
                 batch_size,
                 config=self._config,
                 capacity_bytes=self._capacity_bytes,
                 device_total_bytes=self._device_total_bytes,
                 compute_capability=self._compute_capability,
             )
-        except PlannerError:
-            raise
-        except (Exception, SystemExit) as error:  # the border to the user's model: it can raise anything
-            raise ModelError(f"the training step raised {described(error)}", field="model") from error
+
+    def explain(self, *, batch_size: int, outside_bytes: int) -> Mapping[str, Any]:
+        """What takes the memory at one batch size; fails as ``trial`` does."""
+        with _errors_of_the_model():
+            return explain(
+                self._traces().scaled(batch_size),
+                batch_size,
+                config=self._config,
+                capacity_bytes=self._capacity_bytes,
+                device_total_bytes=self._device_total_bytes,
+                outside_bytes=outside_bytes,
+            )
+
+    def _traces(self) -> TraceFamily:
+        assert self._family is not None, "open comes first"
+        return self._family
+
+
+@contextlib.contextmanager
+def _errors_of_the_model() -> Iterator[None]:
+    try:
+        yield
+    except PlannerError:
+        raise
+    except (Exception, SystemExit) as error:  # the border to the user's model: it can raise anything
+        raise ModelError(f"the training step raised {described(error)}", field="model") from error
 
 
 def main() -> None:
     # Weights are never loaded here, and a hub must not be asked for anything.
     os.environ["HF_HUB_OFFLINE"] = "1"
     predictor = Predictor()
-    serve({"open": predictor.open, "trial": predictor.trial})
+    serve({"open": predictor.open, "trial": predictor.trial, "explain": predictor.explain})
 
 
 if __name__ == "__main__":

@@ -60,16 +60,25 @@ class VirtualRunner:
     def run(self, batch_size: int, *, fresh: bool = False) -> Trial:
         """Predict ``batch_size``. ``fresh`` changes nothing: a replay starts from an empty allocator each time."""
         started_at, start = datetime.now(UTC), time.monotonic()
+        reply = self._request({"do": "trial", "batch_size": batch_size})
+        return self._trial(batch_size, reply, started_at, time.monotonic() - start)
+
+    def explain(self, batch_size: int) -> dict[str, Any]:
+        """What takes the memory at ``batch_size`` (``planner.virtual.explanation.explain``); raises what ``run``
+        raises."""
+        outside = self._gpu.context_bytes + self._gpu.library_bytes
+        return self._request({"do": "explain", "batch_size": batch_size, "outside_bytes": outside})
+
+    def _request(self, message: dict[str, Any]) -> dict[str, Any]:
         if self._child is None:
             self._child = self._start()
         try:
-            reply = self._child.request({"do": "trial", "batch_size": batch_size}, self._timeout_s)
+            return self._child.request(message, self._timeout_s)
         except ChildDied as error:
             if error.returncode == -signal.SIGKILL:  # the kernel's, when the machine's memory runs out
                 raise
-            message = f"the model ended the process that it ran in, which {describe_exit(error.returncode)}"
-            raise ModelError(message, field="model") from error
-        return self._trial(batch_size, reply, started_at, time.monotonic() - start)
+            ended = f"the model ended the process that it ran in, which {describe_exit(error.returncode)}"
+            raise ModelError(ended, field="model") from error
 
     def _start(self) -> Child:
         child = Child.start("planner.virtual.child", import_cwd=True)

@@ -21,7 +21,8 @@ from planner.virtual import repeats, values
 from planner.virtual.backend import NAME, kernels_beside_decompositions
 from planner.virtual.indices import check_indices
 from planner.virtual.kernels import Call, Kernels, Step, is_modelled
-from planner.virtual.trace import Doubt, Formula, Trace
+from planner.virtual.owners import Owners
+from planner.virtual.trace import Doubt, Formula, Purpose, Trace
 
 aten = torch.ops.aten
 # What a gradient that only the engine's buffer holds counts here, seen from inside a dispatch mode.
@@ -81,8 +82,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
+        self.owners = Owners(self.trace)
         self.kernels = kernels
-        self._live: dict[int, Any] = {}
+        self._live: dict[int, tuple[Any, int]] = {}
         self._answers: dict[repeats.Key, _Seen] = {}
         self._stopped = False
         self._main = threading.get_ident()
@@ -174,6 +176,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         name = func._schema.name
         trace = self.trace
+        owner = self.owners.enter_operator(in_optimizer=self.in_optimizer)
         temporaries: list[int] = []
         packet, sizes = func._overloadpacket, [size for _, size in born]
         if seen is not None and seen.sizes == sizes:
@@ -185,14 +188,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for kind, value in itertools.chain(steps, self.kernels.of_handles(packet, self._thread())):
             if kind == "output":
                 assert isinstance(value, int)
-                self._birth(*born[value], name)
+                self._birth(*born[value], name, owner)
             elif kind == "free":
                 trace.free(temporaries.pop())
             elif kind == "doubt":
                 assert isinstance(value, Formula)
                 trace.doubts.append(Doubt(name.removeprefix("aten::"), value, modelled=True))
             else:
-                block = trace.allocate(value, name)
+                block = trace.allocate(value, name, owner, Purpose.WORKSPACE)
                 if kind != "kept":
                     temporaries.append(block)
                 if kind == "workspace":
@@ -234,13 +237,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _thread(self) -> str:
         return "forward" if threading.get_ident() == self._main else "backward"
 
-    def _birth(self, storage: torch.UntypedStorage, size: int, name: str) -> None:
+    def block_of(self, tensor: torch.Tensor) -> int | None:
+        """The block that ``tensor`` lies in; ``None`` where it has none on the virtual device."""
+        found = self._live.get(tensor.untyped_storage()._cdata)
+        return None if found is None else found[1]
+
+    def _birth(self, storage: torch.UntypedStorage, size: int, name: str, owner: int) -> None:
         key = storage._cdata
-        block = self.trace.allocate(size, name)
+        block = self.trace.allocate(size, name, owner)
 
         def died(_: object) -> None:
             self._live.pop(key, None)
             if not self._stopped:
                 self.trace.free(block)
 
-        self._live[key] = weakref.ref(storage, died)
+        self._live[key] = (weakref.ref(storage, died), block)

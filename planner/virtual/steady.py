@@ -21,6 +21,8 @@ def repeat_last_step(trace: Trace) -> bool:
     left = sorted(own - freed)
     if [_kind(trace, block) for block in replaced] != [_kind(trace, block) for block in left]:
         return False
+    again = len(trace.events) - start
+    trace.phases += [(index + again, phase) for index, phase in trace.phases if index >= start]
     trace.mark(f"step {int(name.removeprefix('step ')) + 1}")
     # What the step did to a block of an earlier step, its copy does to the block that replaced it.
     copies = dict(zip(replaced, left, strict=True))

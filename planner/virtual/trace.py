@@ -2,8 +2,39 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
+
+
+class Purpose(IntEnum):
+    """What a block is there for, as far as it is known when it is made or soon after; the rest its lifetime tells."""
+
+    TENSOR = 0
+    WORKSPACE = 1
+    """A kernel's own: no tensor of the program."""
+    PARAMETER = 2
+    BUFFER = 3
+    GRADIENT = 4
+    OPTIMIZER_STATE = 5
+    INPUT = 6
+    CAST_PARAMETER = 7
+    """A copy in autocast's lower precision."""
+    AVERAGED_PARAMETER = 8
+    """Of an exponential moving average."""
+
+
+class Phase(IntEnum):
+    """Which part of training runs; a step goes through them in turn."""
+
+    MOVE = 0
+    FORWARD = 1
+    BACKWARD = 2
+    RECOMPUTATION = 3
+    """A checkpointed forward, again, within the backward pass."""
+    UPDATE = 4
+    """From the end of the backward pass on: unscaling, clipping, the optimizer's step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +93,17 @@ class Trace:
     """``(index into events, name)``: where a phase begins."""
     doubts: list[Doubt] = field(default_factory=list)
     """Where what a kernel allocates is not known exactly, in the order of the calls."""
+    owners: list[tuple[str, str]] = field(default_factory=lambda: [("", "")])
+    """``(module, tensor)``: the path of a module, and the name of its parameter, buffer or state; the first is outside
+    any module."""
+    block_owners: array[int] = field(default_factory=lambda: array("i"))
+    """Of each block, into ``owners``."""
+    purposes: bytearray = field(default_factory=bytearray)
+    """The ``Purpose`` of each block."""
+    phases: list[tuple[int, int]] = field(default_factory=list)
+    """``(index into events, Phase)``: where each part of a step begins."""
 
-    def allocate(self, size: int | Formula, operator: str) -> int:
+    def allocate(self, size: int | Formula, operator: str, owner: int = 0, purpose: Purpose = Purpose.TENSOR) -> int:
         """A new block of ``size`` bytes; returns its number."""
         block = len(self.sizes)
         if isinstance(size, Formula):
@@ -71,12 +111,15 @@ class Trace:
             size = size.size()
         self.sizes.append(size)
         self.operators.append(operator)
+        self.block_owners.append(owner)
+        self.purposes.append(purpose)
         self.events.append(block)
         return block
 
     def allocate_again(self, block: int) -> int:
         """A new block like ``block``; returns its number."""
-        again = self.allocate(self.formulas.get(block, self.sizes[block]), self.operators[block])
+        size, operator = self.formulas.get(block, self.sizes[block]), self.operators[block]
+        again = self.allocate(size, operator, self.block_owners[block], Purpose(self.purposes[block]))
         if block in self.optional:
             self.optional.add(again)
         return again

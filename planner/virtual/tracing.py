@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,7 +20,11 @@ from planner.virtual.indices import IndexOutOfRange
 from planner.virtual.kernels import Kernels
 from planner.virtual.recorder import Recorder
 from planner.virtual.steady import repeat_last_step
-from planner.virtual.trace import Doubt, Formula, Trace
+from planner.virtual.trace import Doubt, Formula, Purpose, Trace
+
+if TYPE_CHECKING:
+    from planner.training import Training
+    from planner.training.data import Batch
 
 
 @functools.cache
@@ -28,7 +34,7 @@ def prepare(architecture: Architecture) -> torch.device:
     # torch.tensor(..., device=...) is to be made on the CPU and moved below the modes: there is no device to make it
     # on.
     torch._C._set_only_lift_cpu_tensors(True)
-    autocast.install()
+    autocast.install(_note_cast)
     attention.install(architecture)
     recurrent.install(_note_doubt)
     _show_values_to_transformers()
@@ -59,14 +65,13 @@ def trace_steps(
             model = build_model(spec)
             recorder.trace.mark("move")
             training = Training(spec, variant, model, device)
-            training.optimizer.register_step_pre_hook(lambda *_: setattr(recorder, "in_optimizer", True))
-            training.optimizer.register_step_post_hook(lambda *_: setattr(recorder, "in_optimizer", False))
             del model
-            for number in range(num_steps):
-                if number < 2 or spec.train.step or not repeat_last_step(recorder.trace):
-                    recorder.trace.mark(f"step {number + 1}")
-                    training.step(batch_size)
-            recorder.stop()
+            with _followed(training, recorder):
+                for number in range(num_steps):
+                    if number < 2 or spec.train.step or not repeat_last_step(recorder.trace):
+                        recorder.trace.mark(f"step {number + 1}")
+                        training.step(batch_size)
+                recorder.stop()
     except IndexOutOfRange as error:
         raise error.of_spec(spec) from error
     finally:
@@ -74,7 +79,46 @@ def trace_steps(
     return recorder.trace
 
 
+@contextmanager
+def _followed(training: Training, recorder: Recorder) -> Iterator[None]:
+    """Let the recorder know whose memory it sees: the model's, a batch's, a gradient's, the optimizer's."""
+    model, owners, draw = training.model, recorder.owners, training.batch
+
+    def batch(batch_size: int) -> Batch:
+        owners.begin_batch()
+        drawn = draw(batch_size)
+        owners.mark_inputs(drawn)
+        return drawn
+
+    def before_step(*_: object) -> None:
+        owners.mark_gradients(model)
+        recorder.in_optimizer = True
+
+    def after_step(*_: object) -> None:
+        recorder.in_optimizer = False
+        owners.mark_state(model, training.optimizer)
+
+    training.batch = batch  # type: ignore[method-assign]
+    hooks = [
+        training.optimizer.register_step_pre_hook(before_step),
+        training.optimizer.register_step_post_hook(after_step),
+    ]
+    try:
+        with owners.following(model, recorder.block_of):
+            yield
+    finally:
+        # Nothing may keep the training alive: that its memory is freed at the end is part of the trace.
+        del training.batch
+        for hook in hooks:
+            hook.remove()
+
+
 _recording: list[Recorder] = []
+
+
+def _note_cast(cast: torch.Tensor) -> None:
+    for recorder in _recording:
+        recorder.owners.mark(cast, Purpose.CAST_PARAMETER)
 
 
 def _note_doubt(operator: str, error: Formula) -> None:
