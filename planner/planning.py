@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from planner.devices import Device, TrialRunner
+from planner.devices import Device, Explainer, TrialRunner
 from planner.errors import DeviceError, InvalidArgument, InvalidInput, InvalidSpec, PlannerError
 from planner.progress import (
     Listener,
@@ -186,6 +186,8 @@ class _VariantWork:
     num_read_back: int = 0
     predicted_failure: str | None = None
     """Why the virtual GPU could not answer either: it knows more of an index out of range than a real one tells."""
+    predicted_explanation: Mapping[str, Any] | None = None
+    """What the virtual GPU said takes the memory, at the batch size that it expected."""
     compare_at: int | None = None
     """A batch size of another variant that predictions are made at too, so that the two can be compared."""
 
@@ -218,6 +220,9 @@ class _VariantWork:
                     plan = self._plan_one(runner, self.batch_size, predict_start)
                 else:
                     plan = self._plan_search(runner, self._predicted(predict_start))
+                plan = self._explained(plan, runner)
+            if self.is_measured:
+                plan = self._explained_by_prediction(plan, predict_start)
         except _Unanswered as unanswered:
             plan = self._unanswered(unanswered.error)
         if self.num_read_back:
@@ -267,6 +272,7 @@ class _VariantWork:
             return None  # the real device says what is wrong, if it is
         if plan.status is PlanStatus.FAILED and plan.error is not None:
             self.predicted_failure = str(plan.error["message"])
+        self.predicted_explanation = plan.details.get("explanation")
         return plan if plan.status is PlanStatus.PLANNED else None
 
     def _plan_search(self, runner: TrialRunner, predicted: Plan | None) -> Plan:
@@ -297,6 +303,27 @@ class _VariantWork:
         if predicted is not None:
             return predicted.max_batch_size
         return None if self.is_measured else _FIRST_PREDICTED
+
+    def _explained(self, plan: Plan, runner: TrialRunner) -> Plan:
+        """The plan with what takes the memory, where the device can say: at the plan's size, else of one sample."""
+        if plan.status is not PlanStatus.PLANNED or not isinstance(runner, Explainer):
+            return plan
+        with _device_errors():
+            explanation = runner.explain(_explained_size(plan))
+        return replace(plan, details={**plan.details, "explanation": explanation})
+
+    def _explained_by_prediction(self, plan: Plan, predictor: Device | None) -> Plan:
+        """A measured plan with the virtual GPU's explanation of the same size; without one where there is none."""
+        if plan.status is not PlanStatus.PLANNED or predictor is None:
+            return plan
+        known = self.predicted_explanation
+        if known is not None and known["batch_size"] == _explained_size(plan):
+            return replace(plan, details={**plan.details, "explanation": known})
+        try:
+            with predictor.open(self.spec, self.variant) as runner:
+                return self._explained(plan, runner)
+        except (PlannerError, _Unanswered):
+            return plan  # the answer itself was measured
 
     def _compare(self, runner: TrialRunner, result: SearchResult) -> None:
         """A prediction more costs milliseconds; on a real GPU the search's own trials must do."""
@@ -430,6 +457,10 @@ def _suspects(predicted: Plan | None) -> tuple[int, ...]:
         trial.batch_size for trial in predicted.trials if trial.batch_size < predicted.max_batch_size and not trial.fits
     ]
     return tuple(sorted(set(below)))[-_MOST_SUSPECTS:]
+
+
+def _explained_size(plan: Plan) -> int:
+    return plan.batch_size or plan.max_batch_size or 1
 
 
 def _nobody(event: Progress) -> None:

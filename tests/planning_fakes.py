@@ -119,6 +119,23 @@ class _Runner:
         )
 
 
+class ExplainingDevice(ThresholdDevice):
+    """A ``ThresholdDevice`` that can also say what takes the memory; keeps which sizes it was asked about."""
+
+    def __init__(self, largest, **changes):
+        super().__init__(largest, **changes)
+        self.explained: list[tuple[Variant, int]] = []
+
+    def open(self, spec, variant):
+        return _ExplainingRunner(self, variant)
+
+
+class _ExplainingRunner(_Runner):
+    def explain(self, batch_size):
+        self.device.explained.append((self.variant, batch_size))
+        return {"source": "predicted", "batch_size": batch_size}
+
+
 @dataclass
 class StoredTrial:
     id: str

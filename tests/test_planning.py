@@ -18,7 +18,16 @@ from planner.specs.variants import Checkpointing, Precision
 from planner.store import Store
 from planner.trials import Outcome, PlanStatus, Source
 from planner.units import GIB
-from tests.planning_fakes import BF16, BF16_FULL, FP32, FP32_FULL, MemoryStore, ThresholdDevice, make_spec
+from tests.planning_fakes import (
+    BF16,
+    BF16_FULL,
+    FP32,
+    FP32_FULL,
+    ExplainingDevice,
+    MemoryStore,
+    ThresholdDevice,
+    make_spec,
+)
 
 PREDICTED = Source.PREDICTED
 TWO = (Precision.FP32, Precision.BF16_AMP)
@@ -60,6 +69,36 @@ def test_checkpointing_is_predicted_at_the_largest_size_without_it_too():
     measured = ThresholdDevice({FP32: 20, FP32_FULL: 1000})
     plan_sweep(spec, measured)
     assert measured.sizes(FP32_FULL)[-1] == 1001
+
+
+@pytest.mark.parametrize(("largest", "batch_size", "explained"), [(9, None, 9), (9, 3, 3), (9, 12, 12), (0, None, 1)])
+def test_a_predicted_plan_says_what_takes_the_memory(largest, batch_size, explained):
+    device = ExplainingDevice(largest, source=PREDICTED)
+    (plan,) = plan_sweep(make_spec(), device, batch_size=batch_size)
+    assert (
+        plan.details["explanation"]
+        == plan_dict(plan)["explanation"]
+        == {"source": "predicted", "batch_size": explained}
+    )
+    assert device.explained == [(FP32, explained)]
+
+
+@pytest.mark.parametrize(("predicted", "batch_size", "asked"), [(9, None, [9]), (8, None, [8, 9]), (9, 4, [4])])
+def test_a_measured_plan_carries_the_prediction_for_its_own_size(predicted, batch_size, asked):
+    virtual = ExplainingDevice(predicted, source=PREDICTED)
+    (plan,) = plan_sweep(make_spec(), ThresholdDevice(9), predict_start=virtual, batch_size=batch_size)
+    assert plan.details["explanation"] == {"source": "predicted", "batch_size": batch_size or 9}
+    assert [size for _, size in virtual.explained] == asked
+    assert virtual.num_open == 0
+
+
+def test_a_measured_plan_does_without_an_explanation_where_there_is_none():
+    virtual = ExplainingDevice(9, source=PREDICTED, script={(FP32, 1): [ModelError("no values", field="model")]})
+    (plan,) = plan_sweep(make_spec(), ThresholdDevice(0), predict_start=virtual)
+    assert plan.max_batch_size == 0
+    for device in (ThresholdDevice(9), ThresholdDevice(9, source=PREDICTED)):
+        (plan,) = plan_sweep(make_spec(), device)
+        assert (plan.max_batch_size, plan_dict(plan)["explanation"]) == (9, None)
 
 
 def test_devices_are_told_which_variants_come():

@@ -16,6 +16,7 @@ from planner.specs.document import parse_spec
 from planner.specs.variants import Checkpointing, Compile, Precision, Variant
 from planner.virtual import steady, tracing
 from planner.virtual.architecture import Architecture
+from planner.virtual.explanation import explain
 from planner.virtual.kernels import Kernels
 from planner.virtual.recorder import Recorder
 from planner.virtual.scaling import Scaled, TraceFamily
@@ -129,15 +130,37 @@ def scaled_and_traced(*, spec: Any, variant: Any, batch_sizes: list[int]) -> dic
     return {"value": found}
 
 
+def explained(*, spec: Any, variant: Any, batch_size: int) -> dict[str, Any]:
+    """The explanation of one batch size, and the peaks that it must be of."""
+    scaled = _family(spec, variant).scaled(batch_size)
+    explanation = explain(
+        scaled,
+        batch_size,
+        config=AllocatorConfig(),
+        capacity_bytes=H200_BYTES,
+        device_total_bytes=H200_BYTES,
+        outside_bytes=0,
+    )
+    result = _replayed(scaled, H200_BYTES)
+    peaks = {"allocated": result.peak_allocated_bytes, "reserved": result.peak_reserved_bytes}
+    return {"value": {"explanation": explanation, "peaks": peaks}}
+
+
 def _replayed(scaled: Scaled, capacity_bytes: int | None) -> Any:
     return replay(scaled.events, AllocatorConfig(), capacity_bytes, device_total_bytes=H200_BYTES)
 
 
 def run(*, code: str) -> dict[str, Any]:
-    """Run ``code`` with ``torch``, ``device`` and ``trace`` in scope; the value of its variable ``result``."""
+    """Run ``code`` with ``torch``, ``device``, ``trace`` and more in scope; the value of its variable ``result``."""
     device = prepare(H200)
     recorder = Recorder(Kernels(H200))
-    scope: dict[str, Any] = {"torch": torch, "device": device, "trace": recorder.trace, "peak": _peak}
+    scope: dict[str, Any] = {
+        "torch": torch,
+        "device": device,
+        "trace": recorder.trace,
+        "peak": _peak,
+        "architecture": H200,
+    }
     with FakeTensorMode(allow_non_fake_inputs=True), recorder:
         exec(code, scope)
     return {"value": scope["result"]}
@@ -150,5 +173,5 @@ def _peak(trace: Trace) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.setrecursionlimit(10_000)
-    handlers = (traced, copied_and_run, peaks, fits, scaled_and_traced, run)
+    handlers = (traced, copied_and_run, peaks, fits, scaled_and_traced, explained, run)
     serve({handler.__name__: handler for handler in handlers})

@@ -59,7 +59,7 @@ class Owners:
         try:
             yield
         finally:
-            torch.nn.Module.__call__ = original
+            torch.nn.Module.__call__ = original  # type: ignore[method-assign]
             self._modules.clear()
             self._block_of = _nowhere
 
