@@ -96,6 +96,15 @@ class Trial:
         later = self.step_times_s[1:] or self.step_times_s
         return min(later) if later else None
 
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one optimizer step: those of all micro-batches on all GPUs."""
+        return int(self.details.get("samples_per_step", self.batch_size))
+
+    @property
+    def seconds_per_sample(self) -> float | None:
+        return self.step_time_s / self.samples_per_step if self.step_time_s else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
@@ -204,4 +213,7 @@ class Plan:
     @property
     def samples_per_second(self) -> float | None:
         size = self.batch_size if self.batch_size is not None else self.max_batch_size
-        return size / self.step_time_s if size and self.step_time_s else None
+        if not size or not self.step_time_s:
+            return None
+        ran = next((trial.samples_per_step for trial in self.trials if trial.batch_size == size), size)
+        return ran / self.step_time_s

@@ -75,7 +75,7 @@ class ThresholdDevice:
 
     def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None: ...
 
-    def open(self, spec: Spec, variant: Variant) -> ThresholdRunner:
+    def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> ThresholdRunner:
         return ThresholdRunner(self)
 
     def trial(self, batch_size: int) -> Trial:

@@ -60,7 +60,7 @@ class Card:
 
     def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None: ...
 
-    def open(self, spec: Spec, variant: Variant) -> CardRunner:
+    def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> CardRunner:
         return CardRunner(self, variant)
 
 

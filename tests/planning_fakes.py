@@ -70,7 +70,7 @@ class ThresholdDevice:
     def environment(self, spec):
         return make_environment(self.source)
 
-    def open(self, spec, variant):
+    def open(self, spec, variant, *, capacity_bytes=None):
         return _Runner(self, variant)
 
     def sizes(self, variant=FP32):

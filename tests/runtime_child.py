@@ -22,7 +22,7 @@ def build(document):
     return {"pid": os.getpid(), "trials": 0, "at": time.monotonic()}
 
 
-def run_trial(built, *, variant, batch_size, capacity_bytes, gpu_uuid, keep):
+def run_trial(built, *, variant, batch_size, capacity_bytes, gpu_uuid, keep, accumulation_steps):
     built["trials"] += 1  # in the fork's copy only
     act = ACTS.get(batch_size)
     if act is not None:
@@ -36,7 +36,7 @@ def run_trial(built, *, variant, batch_size, capacity_bytes, gpu_uuid, keep):
         "details": {
             "trials": built["trials"], "zygote": built["pid"], "parent": os.getppid(), "pid": os.getpid(),
             "visible": os.environ["CUDA_VISIBLE_DEVICES"], "capacity": capacity_bytes, "uuid": gpu_uuid,
-            "variant": variant,
+            "variant": variant, "accumulation_steps": accumulation_steps,
         },
         "warm": keep and batch_size not in SPOILS,
         "held": {"bytes": 7, "pids": [4242]},

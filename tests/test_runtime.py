@@ -3,7 +3,7 @@
 import gc
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -111,6 +111,23 @@ def test_a_warm_process_that_is_not_clean_any_more_is_replaced(make_device):
         trials = [runner.run(size) for size in (3, 7, 3)]
     assert [trial.fresh_process for trial in trials] == [True, False, True]
     assert trials[0].details["pid"] == trials[1].details["pid"] != trials[2].details["pid"]
+
+
+def test_a_spec_that_only_accumulates_is_served_by_the_same_model(make_device):
+    device, spec = make_device(), make_spec()
+    accumulating = replace(spec, train=replace(spec.train, accumulation_steps=4))
+    with device.open(spec, BF16) as plain, device.open(accumulating, BF16) as other:
+        details = [runner.run(3, fresh=True).details for runner in (plain, other, plain)]
+    assert [found["accumulation_steps"] for found in details] == [1, 4, 1]
+    assert len({found["zygote"] for found in details}) == 1
+
+
+def test_a_warm_process_serves_one_capacity_which_may_be_less_than_the_devices(make_device):
+    device = make_device()
+    with device.open(make_spec(), BF16) as first, device.open(make_spec(), BF16, capacity_bytes=15 * GIB) as second:
+        trials = [first.run(3), second.run(3)]
+    assert [trial.details["capacity"] for trial in trials] == [16 * GIB, 15 * GIB]
+    assert [trial.fresh_process for trial in trials] == [True, True]
 
 
 def test_a_warm_process_serves_one_variant(make_device):

@@ -6,6 +6,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
@@ -58,7 +59,7 @@ class LocalDevice:
         self.trial_timeout_s = trial_timeout_s
         self._child_module = child_module
         self._wait_idle = wait_idle
-        self._preloaded: dict[str, Child] = {}  # by spec hash; one at most
+        self._preloaded: dict[str, Child] = {}  # by what was built; one at most
         self._is_opening = False
         self._held = Held()
         weakref.finalize(self, _kill_all, self._preloaded)
@@ -80,17 +81,17 @@ class LocalDevice:
 
     def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None:
         """Have the preloaded process import and build while the caller does something else."""
-        child = self._preloaded.get(spec.hash)
+        child = self._preloaded.get(_build_key(spec))
         if child is None or not child.alive:
             self.close()
             # By its UUID, whatever order CUDA counts in; the trial then sees one GPU.
             child = Child.start(self._child_module, env={"CUDA_VISIBLE_DEVICES": self.local.uuid}, import_cwd=True)
-            self._preloaded[spec.hash] = child
+            self._preloaded[_build_key(spec)] = child
             child.send({"do": "open", "spec": spec_document(spec)})
             self._is_opening = True
 
-    def open(self, spec: Spec, variant: Variant) -> LocalRunner:
-        return LocalRunner(self, spec, variant)
+    def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> LocalRunner:
+        return LocalRunner(self, spec, variant, capacity_bytes or self.capacity_bytes)
 
     def close(self) -> None:
         """End the preloaded process; the next trial starts one again."""
@@ -106,7 +107,7 @@ class LocalDevice:
     def preloaded(self, spec: Spec) -> Child:
         """The process that has built the model of ``spec``. Raises what building it raises."""
         self.prepare(spec, ())
-        child = self._preloaded[spec.hash]
+        child = self._preloaded[_build_key(spec)]
         if self._is_opening:
             try:
                 child.receive(OPEN_TIMEOUT_S)
@@ -148,8 +149,9 @@ class LocalDevice:
 class LocalRunner:
     """One variant on one real GPU."""
 
-    def __init__(self, device: LocalDevice, spec: Spec, variant: Variant) -> None:
+    def __init__(self, device: LocalDevice, spec: Spec, variant: Variant, capacity_bytes: int) -> None:
         self._device, self._spec, self._variant = device, spec, variant
+        self._capacity_bytes = capacity_bytes
 
     def run(self, batch_size: int, *, fresh: bool = False) -> Trial:
         """Run one trial, in a process of its own where it is ``fresh``, else in one that is kept for the next."""
@@ -161,8 +163,9 @@ class LocalRunner:
                 "do": "trial",
                 "variant": self._variant.as_dict(),
                 "batch_size": batch_size,
-                "capacity_bytes": self._device.capacity_bytes,
+                "capacity_bytes": self._capacity_bytes,
                 "gpu_uuid": self._device.local.uuid,
+                "accumulation_steps": self._spec.train.accumulation_steps,
                 "timeout_s": self._device.trial_timeout_s,
                 "fresh": fresh,
             },
@@ -177,6 +180,11 @@ class LocalRunner:
     ) -> None:
         """The preloaded process serves the next variant too."""
         self._device.rest()
+
+
+def _build_key(spec: Spec) -> str:
+    """Equal for specs that the same built model serves: accumulating does not change it, and a trial is told of it."""
+    return replace(spec, train=replace(spec.train, accumulation_steps=1)).hash
 
 
 def _error_of(body: dict[str, Any]) -> BaseException:

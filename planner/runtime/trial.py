@@ -7,13 +7,14 @@ such trials certify. One that is kept warm saves the next trial CUDA's start and
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from planner.endurance import wants_another_step
 from planner.errors import DeviceLost, ModelError, PlannerError, described, first_line
 from planner.runtime.card import Card
 from planner.runtime.context import Context
@@ -32,6 +33,9 @@ class _Record:
     """What was seen so far, whatever ends the trial."""
 
     step_times_s: list[float] = field(default_factory=list)
+    allocated_after_step_bytes: list[int] = field(default_factory=list)
+    retries_after_step: list[int] = field(default_factory=list)
+    """``num_alloc_retries`` so far."""
     device_bytes: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds spent on starting CUDA (``context_s``), moving the model (``move_s``), all steps (``steps_s``) and
@@ -44,6 +48,17 @@ class _Record:
             yield
         finally:
             self.timings[name] = round(time.perf_counter() - start, 4)
+
+    def step(self, run: Callable[[], None], device: torch.device, card: Card) -> None:
+        """One training step, to its end on the GPU."""
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize(device)
+        self.step_times_s.append(time.perf_counter() - start)
+        stats = torch.cuda.memory_stats(device)
+        self.allocated_after_step_bytes.append(stats.get("allocated_bytes.all.current", 0))
+        self.retries_after_step.append(stats.get("num_alloc_retries", 0))
+        self.device_bytes = max(self.device_bytes, card.used_bytes())
 
 
 class TrialProcess:
@@ -61,9 +76,12 @@ class TrialProcess:
         capacity_bytes: int,
         gpu_uuid: str,
         keep: bool,
+        accumulation_steps: int = 1,
     ) -> dict[str, Any]:
         """Run ``batch_size`` for three steps and report outcome, peaks, retries and step times as JSON data.
 
+        Where memory grows it takes some steps more, to tell a leak from state that is created late.
+        ``accumulation_steps`` stands in for those of the spec that the process was started with.
         ``keep`` asks for a process that can run another trial of the same variant; ``warm`` says whether it can.
         Raises ``ModelError`` for what the model or the step raises, ``InvalidSpec`` for a variant that the model does
         not offer, ``DeviceLost``, ``DeviceUnavailable``.
@@ -74,7 +92,8 @@ class TrialProcess:
             with record.timing("context_s"):
                 context = self._context = self._context or Context.start(capacity_bytes, card)
             context.begin()
-            outcome, words = self._attempt(chosen, batch_size, context, card, record)
+            spec = replace(self._spec, train=replace(self._spec.train, accumulation_steps=accumulation_steps))
+            outcome, words = self._attempt(spec, chosen, batch_size, context, card, record)
             record.device_bytes = max(record.device_bytes, card.used_bytes())
             result = {
                 "outcome": str(outcome),
@@ -89,7 +108,10 @@ class TrialProcess:
                 "details": {
                     "context_bytes": context.context_bytes,
                     "used_before_bytes": context.used_before_bytes,
-                    "num_steps": NUM_STEPS,
+                    "num_steps": len(record.step_times_s),
+                    "samples_per_step": batch_size * accumulation_steps,
+                    "allocated_after_step_bytes": record.allocated_after_step_bytes,
+                    "retries_after_step": record.retries_after_step,
                     "timings": record.timings,
                 },
             }
@@ -101,19 +123,17 @@ class TrialProcess:
         return result
 
     def _attempt(
-        self, variant: Variant, batch_size: int, context: Context, card: Card, record: _Record
+        self, spec: Spec, variant: Variant, batch_size: int, context: Context, card: Card, record: _Record
     ) -> tuple[Outcome, str | None]:
         try:
             with record.timing("move_s"):
-                training = Training(self._spec, variant, self._model, context.device)
+                training = Training(spec, variant, self._model, context.device)
             context.moved()
             with record.timing("steps_s"):
                 for _ in range(NUM_STEPS):
-                    start = time.perf_counter()
-                    training.step(batch_size)
-                    torch.cuda.synchronize(context.device)
-                    record.step_times_s.append(time.perf_counter() - start)
-                    record.device_bytes = max(record.device_bytes, card.used_bytes())
+                    record.step(lambda: training.step(batch_size), context.device, card)
+                while wants_another_step(record.allocated_after_step_bytes):
+                    record.step(lambda: training.step(batch_size), context.device, card)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the border to the user's model: it can raise anything
             return _judge(error)
         return Outcome.FITS, None

@@ -40,14 +40,15 @@ class Zygote:
         ``fresh`` asks for a new process, which ends with the trial; otherwise the warm one is used, or the new one
         kept. A fork that dies, hangs or has a defect is the result ``{"outcome": "failed", "error": ...}``.
         """
-        if fresh or self._warm_for != request["variant"]:
+        kind = (request["variant"], request["capacity_bytes"])
+        if fresh or self._warm_for != kind:
             self.rest()
         fork = self._warm or Fork.start(self._in_fork)
         is_new, self._warm = self._warm is None, None
         reply = fork.ask({"do": "trial", **request, "keep": not fresh}, timeout_s)
         result = _result(fork, reply)
         if result.pop("warm", False):
-            self._warm, self._warm_for = fork, request["variant"]
+            self._warm, self._warm_for = fork, kind
         else:
             fork.end()
         details = result.setdefault("details", {})

@@ -45,8 +45,8 @@ class VirtualDevice:
     def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None:
         """Nothing: a tracing process starts with its first trial."""
 
-    def open(self, spec: Spec, variant: Variant) -> VirtualRunner:
-        return VirtualRunner(self.gpu, self.capacity_bytes, spec, variant, self.timeout_s)
+    def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> VirtualRunner:
+        return VirtualRunner(self.gpu, capacity_bytes or self.capacity_bytes, spec, variant, self.timeout_s)
 
 
 class VirtualRunner:
@@ -118,6 +118,7 @@ class VirtualRunner:
             ),
             error=reply.get("error"),
             details={
+                "samples_per_step": batch_size * self._spec.train.accumulation_steps,
                 "needed_bytes": needed["bytes"],
                 "traced": reply["traced"],
                 "traced_batch_sizes": reply["traced_batch_sizes"],

@@ -31,10 +31,10 @@ class _BoundedDevice(VirtualDevice):
         super().__init__(gpu, capacity_bytes, timeout_s=timeout_s)
         self._should_stop = should_stop
 
-    def open(self, spec: Spec, variant: Variant) -> VirtualRunner:
+    def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> VirtualRunner:
         if self._should_stop():
             raise TimedOut("nobody waits for this prediction any more")
-        return super().open(spec, variant)
+        return super().open(spec, variant, capacity_bytes=capacity_bytes)
 
 
 @router.post(

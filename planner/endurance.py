@@ -1,0 +1,130 @@
+"""Whether a batch size that fits keeps fitting: memory that grows with every step, and an allocator that goes on only
+by giving its cache back. Pure: judged from what trials recorded.
+
+A trial's details hold ``allocated_after_step_bytes`` (what tensors hold after each training step, in bytes) and
+``retries_after_step`` (``num_alloc_retries`` so far), one entry for each training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from planner.trials import Trial
+from planner.units import format_bytes
+
+GROWING_STEPS = 3
+"""So many steps in a row that each leave more allocated are a leak. Fewer may be state that is created late: an
+optimizer's, where a gradient scaler skipped the first steps."""
+MAX_STEPS = 1_000_000
+"""A leak that lasts longer than this harms no training run."""
+SLOWER = 1.1
+"""Seconds per sample against the best at smaller sizes from which on retries in every step count as thrashing: two
+trials of one size differ by a few percent."""
+MUCH_SLOWER = 1.5
+"""The same without retries: kernels that had to do with less workspace, or memory given back some other way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leak:
+    """Allocated bytes that grow with every step."""
+
+    batch_size: int
+    bytes_per_step: int
+    steps_left: int
+    """After the trial's own, until allocated bytes meet the capacity at this pace; fewer if it has to share."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sentence(self) -> str:
+        return (
+            f"a leak: at batch size {self.batch_size} every step leaves {format_bytes(self.bytes_per_step)} more "
+            f"allocated, so that memory runs out after about {self.steps_left} more steps; nothing is certified"
+        )
+
+
+def growing_steps(allocated_bytes: Sequence[int]) -> int:
+    """How many steps in a row, up to the last one, left more allocated than the step before."""
+    count = 0
+    for before, after in reversed(list(pairwise(allocated_bytes))):
+        if after <= before:
+            break
+        count += 1
+    return count
+
+
+def wants_another_step(allocated_bytes: Sequence[int]) -> bool:
+    """Whether a trial must go on to tell a leak from state that is created late."""
+    return 0 < growing_steps(allocated_bytes) < GROWING_STEPS
+
+
+def leak_of(trial: Trial, capacity_bytes: int) -> Leak | None:
+    """The leak that a trial which fits shows; ``None`` for none, or for one that no training run lives to see."""
+    allocated = [int(count) for count in trial.details.get("allocated_after_step_bytes", ())]
+    steps = growing_steps(allocated)
+    if not trial.fits or steps < GROWING_STEPS:
+        return None
+    per_step = (allocated[-1] - allocated[-1 - steps]) // steps
+    peak = trial.peaks.allocated_bytes if trial.peaks else allocated[-1]
+    steps_left = max(capacity_bytes - peak, 0) // max(per_step, 1)
+    if steps_left >= MAX_STEPS:
+        return None
+    return Leak(batch_size=trial.batch_size, bytes_per_step=per_step, steps_left=steps_left)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thrashing:
+    """A size that fits, at a price: the allocator gives cached memory back again and again, or steps take far longer
+    than in proportion to their samples."""
+
+    batch_size: int
+    retries_per_step: float
+    """After the first step."""
+    slowdown: float
+    """Seconds per sample in relation to those at ``compared_with``."""
+    compared_with: int
+    """The smaller batch size with the fewest seconds per sample."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sentence(self) -> str:
+        retries = f", with {self.retries_per_step:g} allocation retries a step" if self.retries_per_step else ""
+        return (
+            f"batch size {self.batch_size} fits but thrashes: it takes {self.slowdown:.1f} times as long a sample as "
+            f"{self.compared_with}{retries}"
+        )
+
+
+def retries_per_step(trial: Trial) -> float:
+    """Mean of the steps after the first where each of them had at least one; 0 where one had none."""
+    retries = [int(count) for count in trial.details.get("retries_after_step", ())]
+    later = [after - before for before, after in pairwise(retries)]
+    return sum(later) / len(later) if later and min(later) > 0 else 0.0
+
+
+def needs_comparison(trial: Trial) -> bool:
+    """Whether only the speed of a smaller size can tell if this one thrashes."""
+    return trial.fits and retries_per_step(trial) > 0
+
+
+def thrashing(trial: Trial, trials: Iterable[Trial]) -> Thrashing | None:
+    """How ``trial`` thrashes, beside the smaller ones of ``trials``; ``None`` where it does not, or none is smaller."""
+    seconds = trial.seconds_per_sample
+    if not trial.fits or seconds is None:
+        return None
+    smaller = [
+        (other.seconds_per_sample, other.batch_size)
+        for other in trials
+        if other.fits and other.batch_size < trial.batch_size and other.seconds_per_sample is not None
+    ]
+    if not smaller:
+        return None
+    best, size = min(smaller)
+    slowdown, retries = seconds / best, retries_per_step(trial)
+    if slowdown < (SLOWER if retries else MUCH_SLOWER):
+        return None
+    return Thrashing(batch_size=trial.batch_size, retries_per_step=retries, slowdown=slowdown, compared_with=size)

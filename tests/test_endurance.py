@@ -1,0 +1,108 @@
+"""Leaks and thrashing, told from what trials recorded."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner.endurance import (
+    GROWING_STEPS,
+    growing_steps,
+    leak_of,
+    needs_comparison,
+    thrashing,
+    wants_another_step,
+)
+from planner.trials import Outcome, Peaks
+from planner.units import GIB, MIB
+from tests.planning_fakes import make_trial
+
+
+def trial(size=8, *allocated, retries=(), step_s=None, **changes):
+    details = {"allocated_after_step_bytes": list(allocated), "retries_after_step": list(retries)}
+    times = () if step_s is None else (1.0, step_s, step_s)
+    return make_trial(size, details=details, step_times_s=times, **changes)
+
+
+def test_bytes_that_grow_with_every_step_are_a_leak():
+    peaks = Peaks(allocated_bytes=10 * GIB, reserved_bytes=11 * GIB)
+    leak = leak_of(trial(8, 5 * GIB, *(5 * GIB + step * 12 * MIB for step in (1, 2, 3)), peaks=peaks), 16 * GIB)
+    assert (leak.batch_size, leak.bytes_per_step, leak.steps_left) == (8, 12 * MIB, 512)
+    assert leak.sentence() == (
+        "a leak: at batch size 8 every step leaves 12.0 MiB more allocated, so that memory runs out after about 512 "
+        "more steps; nothing is certified"
+    )
+
+
+@pytest.mark.parametrize(
+    "allocated",
+    [
+        (),
+        (5, 5, 5),
+        (5, 9, 9),  # the gradient scaler skipped the first step, so the optimizer's state came with the second
+        (5, 5, 9),
+        (5, 6, 7, 7),
+        (9, 8, 7, 6),
+        (5, 6, 7, 6, 7, 8),
+    ],
+)
+def test_what_settles_is_no_leak(allocated):
+    assert leak_of(trial(8, *allocated), 16 * GIB) is None
+
+
+def test_a_leak_that_no_run_lives_to_see_is_none():
+    """A loss that is kept at every step is 512 bytes."""
+    growing = trial(8, GIB, GIB + 512, GIB + 1024, GIB + 1536, peaks=Peaks(allocated_bytes=GIB, reserved_bytes=GIB))
+    assert leak_of(growing, 16 * GIB) is None
+    assert leak_of(growing, GIB + 100 * MIB).steps_left == 100 * MIB // 512
+
+
+def test_a_trial_that_ran_out_of_memory_is_no_evidence_of_a_leak():
+    assert leak_of(trial(8, 1, 2, 3, 4, outcome=Outcome.OOM), GIB) is None
+
+
+@given(st.lists(st.integers(0, 10), min_size=3, max_size=3), st.lists(st.integers(0, 10), min_size=20, max_size=20))
+def test_a_trial_goes_on_only_until_it_can_tell(first, later):
+    allocated, more = list(first), iter(later)
+    while wants_another_step(allocated):
+        allocated.append(next(more))
+    assert growing_steps(allocated) == 0 or growing_steps(allocated) >= GROWING_STEPS
+    assert len(allocated) <= 3 + GROWING_STEPS
+
+
+def test_the_unet_that_was_measured_on_an_h200_thrashes_at_its_largest_size():
+    """bf16-amp under 16 GiB (measurements/h200/peaks.json.gz): 79 retries in three steps at 77 samples and 5.2 ms each,
+    none at 64 and 2.1 ms each."""
+    small = trial(64, step_s=64 * 0.002112, retries=(0, 0, 0))
+    large = trial(77, step_s=77 * 0.005219, retries=(31, 55, 79))
+    assert needs_comparison(large)
+    found = thrashing(large, [small, large])
+    assert (found.batch_size, found.compared_with, found.retries_per_step) == (77, 64, 24)
+    assert found.slowdown == pytest.approx(2.471, abs=0.001)
+    assert found.sentence() == (
+        "batch size 77 fits but thrashes: it takes 2.5 times as long a sample as 64, with 24 allocation retries a step"
+    )
+    assert thrashing(small, [small, large]) is None
+
+
+@pytest.mark.parametrize(
+    ("retries", "per_sample_s", "thrashes"),
+    [
+        ((9, 9, 9), 1.2, False),  # the first step alone had to make room
+        ((1, 3, 5), 1.05, False),  # convnext-tiny fp32 on an h200: 10 retries and no slower
+        ((1, 3, 5), 1.15, True),
+        ((1, 3, 3), 1.15, False),
+        ((0, 0, 0), 1.4, False),
+        ((0, 0, 0), 1.6, True),
+        ((), 1.6, True),
+    ],
+)
+def test_retries_in_every_step_thrash_where_they_cost_time(retries, per_sample_s, thrashes):
+    large = trial(10, step_s=10 * per_sample_s, retries=retries)
+    assert (thrashing(large, [trial(4, step_s=4.0)]) is not None) == thrashes
+
+
+def test_only_a_smaller_size_that_was_timed_can_tell():
+    large = trial(10, step_s=100.0, retries=(1, 2, 3))
+    others = [trial(12, step_s=12.0), trial(4), trial(5, step_s=5.0, outcome=Outcome.OOM), large]
+    assert thrashing(large, others) is None
+    assert thrashing(trial(10, outcome=Outcome.OOM), [trial(4, step_s=4.0)]) is None
