@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import platform
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Any
 
 import typer
 
 from planner.cli.options import AsJson, Debug, StoreUrl
 from planner.cli.parts import Parts, parts_of
 from planner.cli.terminal import print_document, print_lines, stdout_console
+from planner.doctor import Finding
 from planner.errors import PlannerError
-from planner.units import format_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One line of the report."""
-
-    name: str
-    value: str
-    state: str = "ok"
-    """``ok``, ``absent`` (fine, but something is not possible) or ``broken``."""
-    advice: str | None = None
 
 
 def doctor(context: typer.Context, store: StoreUrl = None, as_json: AsJson = False, debug: Debug = False) -> int:
-    """Report what this machine offers to the planner: Python, torch, CUDA, driver, GPUs, allocator settings, store.
+    """Report what this machine offers to the planner, what stands in the way, what to change and why.
 
     Exit status: 0, or 2 when something that is there does not work.
     """
@@ -45,76 +32,16 @@ def doctor(context: typer.Context, store: StoreUrl = None, as_json: AsJson = Fal
 
 def examine(parts: Parts, store_url: str | None) -> Iterator[Finding]:
     """Every finding, in the order in which one depends on another."""
-    from planner import __version__
-    from planner.environment import allocator_conf
+    from planner import __version__, doctor
 
     yield Finding(name="planner", value=__version__)
     yield Finding(name="python", value=f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    yield from _checked("torch", _torch)
-    yield from _checked("gpu", _gpus)
-    yield Finding(name="allocator settings", value=allocator_conf() or "default")
-    yield Finding(name="visible devices", value=os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
-    yield from _shared_memory()
-    yield from _checked("store", lambda: _store(parts, store_url))
-    yield from _extras()
-
-
-def _checked(name: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    yield from doctor.examine()
     try:
-        yield from look()
+        yield from _store(parts, store_url)
     except PlannerError as error:
-        yield Finding(name=name, value=str(error), state="broken")
-
-
-def _torch() -> Iterator[Finding]:
-    from planner.environment import torch_build
-    from planner.errors import DeviceUnavailable
-
-    try:
-        build = torch_build()
-    except DeviceUnavailable as error:
-        yield Finding(name="torch", value="not installed", state="absent", advice=error.message)
-        return
-    yield Finding(name="torch", value=build.version)
-    yield Finding(
-        name="cuda of torch",
-        value=build.cuda or "none: a CPU build",
-        state="ok" if build.cuda else "absent",
-        advice=None if build.cuda else "enough for predictions; measuring needs a CUDA build of torch",
-    )
-
-
-def _gpus() -> Iterator[Finding]:
-    from planner.local_gpus import local_gpus
-
-    found = local_gpus()
-    if not found:
-        yield Finding(
-            name="gpu",
-            value="none visible",
-            state="absent",
-            advice="probe runs on a virtual GPU here: name its type with --gpu",
-        )
-        return
-    yield Finding(name="driver", value=found[0].driver_version)
-    for card in found:
-        major, minor = card.compute_capability
-        used = f"{format_bytes(card.used_bytes)} of {format_bytes(card.total_bytes)} in use"
-        yield Finding(
-            name=f"gpu {card.index}", value=f"{card.name} ({card.gpu.name}), compute capability {major}.{minor}, {used}"
-        )
-
-
-def _shared_memory() -> Iterator[Finding]:
-    try:
-        room = os.statvfs("/dev/shm")  # noqa: S108 - its size is what is asked for
-    except OSError:
-        yield Finding(name="shared memory", value="no /dev/shm", state="absent", advice="NCCL and data loaders need it")
-        return
-    total = room.f_frsize * room.f_blocks
-    small = total < 1 << 30
-    advice = "NCCL and data loaders may fail: start the container with --ipc=host or --shm-size=8g" if small else None
-    yield Finding(name="shared memory", value=format_bytes(total), state="absent" if small else "ok", advice=advice)
+        yield Finding(name="store", value=str(error), state="broken")
+    yield from _extras()
 
 
 def _store(parts: Parts, url: str | None) -> Iterator[Finding]:
@@ -157,10 +84,13 @@ def _print(findings: list[Finding]) -> None:
 
     console = stdout_console()
     table = plain_table(console, "what", "found", "")
-    marks: dict[str, Any] = {"ok": "", "absent": "absent", "broken": "broken"}
     for finding in findings:
-        table.add_row(finding.name, finding.value, marks[finding.state])
+        table.add_row(finding.name, finding.value, "" if finding.state == "ok" else finding.state)
     console.print(table)
-    advice = [f"{finding.name}: {finding.advice}" for finding in findings if finding.advice]
+    advice = [
+        f"{finding.name}: {finding.advice}" + (f" ({finding.reason})" if finding.reason else "")
+        for finding in findings
+        if finding.advice
+    ]
     if advice:
         print_lines(console, ["", *advice])

@@ -20,6 +20,22 @@ IDLE_BYTES = 256 * MIB
 _WAIT_S = 30.0
 
 
+_COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "exclusive process"}  # nvml.h
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardSettings:
+    """How a card was set up; ``None``: the driver does not tell."""
+
+    ecc: bool | None = None
+    uncorrected_ecc_errors: int | None = None
+    """Since the driver was loaded."""
+    mig: bool | None = None
+    """Divided into Multi-Instance GPUs."""
+    compute_mode: str | None = None
+    persistence_mode: bool | None = None
+
+
 @dataclass(slots=True)
 class Card:
     """A context manager around NVML's handle of one card."""
@@ -45,12 +61,44 @@ class Card:
 
     def compute_processes(self) -> list[int]:
         """Ids of the processes that have a CUDA context here; empty where the driver does not tell (in a container)."""
+        return list(self.process_bytes())
+
+    def process_bytes(self) -> dict[int, int | None]:
+        """The processes that compute here, by id, with the bytes that each holds where the driver tells."""
         try:
             with _reported(self.nvml):
                 found = self.nvml.nvmlDeviceGetComputeRunningProcesses(self.handle)
         except DeviceUnavailable:
-            return []
-        return [int(process.pid) for process in found]
+            return {}
+        return {int(process.pid): process.usedGpuMemory for process in found}
+
+    def settings(self) -> CardSettings:
+        """Those that the driver tells; a card of another kind or a container may tell few."""
+        ecc = self._asked("nvmlDeviceGetEccMode")
+        errors = self._asked(
+            "nvmlDeviceGetTotalEccErrors",
+            getattr(self.nvml, "NVML_MEMORY_ERROR_TYPE_UNCORRECTED", 1),
+            getattr(self.nvml, "NVML_VOLATILE_ECC", 0),
+        )
+        mig, mode = self._asked("nvmlDeviceGetMigMode"), self._asked("nvmlDeviceGetComputeMode")
+        persistent = self._asked("nvmlDeviceGetPersistenceMode")
+        return CardSettings(
+            ecc=None if ecc is None else bool(ecc[0]),
+            uncorrected_ecc_errors=errors,
+            mig=None if mig is None else bool(mig[0]),
+            compute_mode=None if mode is None else _COMPUTE_MODES.get(int(mode), str(mode)),
+            persistence_mode=None if persistent is None else bool(persistent),
+        )
+
+    def _asked(self, name: str, *arguments: Any) -> Any:
+        """What the driver answers; ``None`` where it does not know."""
+        ask = getattr(self.nvml, name, None)
+        if ask is None:
+            return None
+        try:
+            return ask(self.handle, *arguments)
+        except self.nvml.NVMLError:
+            return None
 
     def __enter__(self) -> Self:
         return self
