@@ -1,5 +1,8 @@
 """Leaks and thrashing, told from what trials recorded."""
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +70,53 @@ def test_a_trial_goes_on_only_until_it_can_tell(first, later):
         allocated.append(next(more))
     assert growing_steps(allocated) == 0 or growing_steps(allocated) >= GROWING_STEPS
     assert len(allocated) <= 3 + GROWING_STEPS
+
+
+LATER = json.loads((Path(__file__).parents[1] / "measurements/h200/later_steps.json").read_text())["cases"]
+"""Eight steps of each case, as an H200 ran them."""
+
+
+@pytest.mark.parametrize("case", LATER, ids=lambda case: f"{case['case']}-{case['batch_size']}")
+def test_a_trial_ends_when_later_steps_bring_nothing_new(case):
+    steps = case["steps"]
+    taken = 0  # a trial ends before the eighth step or sees what ended the run
+    while wants_another_step(
+        [step["allocated_bytes"] for step in steps[:taken]],
+        [step["segments_taken"] for step in steps[:taken]],
+        [9.0 * (index > 0) for index in range(taken)],
+    ):
+        taken += 1
+        if taken == case["oom_in_step"]:
+            return
+    assert case["oom_in_step"] is None
+    last, later = steps[taken - 1], steps[taken:]
+    for name in ("peak_reserved_bytes", "segments_taken", "num_alloc_retries", "peak_allocated_bytes"):
+        assert {step[name] for step in later} <= {last[name]}
+
+
+def test_how_many_steps_the_measured_cases_take():
+    expected = {"gpt2-s1024-9": 3, "gpt2-s1024-20": 2, "t5-base-s512-16": 4, "resnet50-224-372": 5}
+    expected["swin-t-torchvision-233"] = 4
+    for case in LATER:
+        name = f"{case['case']}-{case['batch_size']}"
+        if name in expected:
+            allocated = [step["allocated_bytes"] for step in case["steps"]]
+            segments = [step["segments_taken"] for step in case["steps"]]
+            taken = next(
+                (
+                    n
+                    for n in range(1, len(allocated) + 1)
+                    if not wants_another_step(allocated[:n], segments[:n], [9.0] * n)
+                ),
+                case["oom_in_step"],
+            )
+            assert (name, taken) == (name, expected[name])
+
+
+def test_a_short_step_is_timed_twice():
+    assert wants_another_step([5, 5], [9, 9], [3.0, 0.2])
+    assert not wants_another_step([5, 5], [9, 9], [3.0, 1.2])
+    assert not wants_another_step([5, 5, 5], [9, 9, 9], [3.0, 0.2, 0.2])
 
 
 def test_the_unet_that_was_measured_on_an_h200_thrashes_at_its_largest_size():

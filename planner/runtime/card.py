@@ -70,7 +70,7 @@ class Card:
                 found = self.nvml.nvmlDeviceGetComputeRunningProcesses(self.handle)
         except DeviceUnavailable:
             return {}
-        return {int(process.pid): process.usedGpuMemory for process in found}
+        return {int(process.pid): getattr(process, "usedGpuMemory", None) for process in found}
 
     def settings(self) -> CardSettings:
         """Those that the driver tells; a card of another kind or a container may tell few."""

@@ -21,11 +21,12 @@ from planner.runtime.context import Context
 from planner.specs.model import Spec
 from planner.specs.variants import Compile, Variant
 from planner.training import Training
-from planner.training.oom import is_gpu_fault, is_gpu_lost, is_out_of_memory
+from planner.training.oom import is_gpu_fault, is_gpu_lost, is_out_of_memory, may_be_out_of_memory
 from planner.trials import Outcome
 
-NUM_STEPS = 3
-"""The optimizer creates its state in the first step, so the peak is in the second or later."""
+FULL_BYTES = 64 << 20
+"""With less than this free on the device a library cannot start: *measured*, cuBLAS, cuDNN, cuSOLVER and cuFFT failed
+with 4 to 10 MiB free on an H200, each with a status of its own."""
 
 
 @dataclass(slots=True)
@@ -36,6 +37,10 @@ class _Record:
     allocated_after_step_bytes: list[int] = field(default_factory=list)
     retries_after_step: list[int] = field(default_factory=list)
     """``num_alloc_retries`` so far."""
+    driver_bytes: list[int] = field(default_factory=list)
+    """All that the allocator has taken from the driver so far, whatever it gave back."""
+    num_ooms: int = 0
+    """How often it had refused a request when the step began; a library may make do without."""
     device_bytes: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds spent on starting CUDA (``context_s``), moving the model (``move_s``), all steps (``steps_s``) and
@@ -51,6 +56,7 @@ class _Record:
 
     def step(self, run: Callable[[], None], device: torch.device, card: Card) -> None:
         """One training step, to its end on the GPU."""
+        self.num_ooms = torch.cuda.memory_stats(device).get("num_ooms", 0)
         start = time.perf_counter()
         run()
         torch.cuda.synchronize(device)
@@ -58,6 +64,7 @@ class _Record:
         stats = torch.cuda.memory_stats(device)
         self.allocated_after_step_bytes.append(stats.get("allocated_bytes.all.current", 0))
         self.retries_after_step.append(stats.get("num_alloc_retries", 0))
+        self.driver_bytes.append(stats.get("reserved_bytes.all.allocated", 0))
         self.device_bytes = max(self.device_bytes, card.used_bytes())
 
 
@@ -78,9 +85,9 @@ class TrialProcess:
         keep: bool,
         accumulation_steps: int = 1,
     ) -> dict[str, Any]:
-        """Run ``batch_size`` for three steps and report outcome, peaks, retries and step times as JSON data.
+        """Run ``batch_size`` until a step takes nothing more from the driver, and report outcome, peaks, retries and
+        step times as JSON data.
 
-        Where memory grows it takes some steps more, to tell a leak from state that is created late.
         ``accumulation_steps`` stands in for those of the spec that the process was started with.
         ``keep`` asks for a process that can run another trial of the same variant; ``warm`` says whether it can.
         Raises ``ModelError`` for what the model or the step raises, ``InvalidSpec`` for a variant that the model does
@@ -112,6 +119,7 @@ class TrialProcess:
                     "samples_per_step": batch_size * accumulation_steps,
                     "allocated_after_step_bytes": record.allocated_after_step_bytes,
                     "retries_after_step": record.retries_after_step,
+                    "is_steady": len(record.driver_bytes) > 1 and record.driver_bytes[-1] == record.driver_bytes[-2],
                     "timings": record.timings,
                 },
             }
@@ -130,17 +138,21 @@ class TrialProcess:
                 training = Training(spec, variant, self._model, context.device)
             context.moved()
             with record.timing("steps_s"):
-                for _ in range(NUM_STEPS):
-                    record.step(lambda: training.step(batch_size), context.device, card)
-                while wants_another_step(record.allocated_after_step_bytes):
+                while wants_another_step(record.allocated_after_step_bytes, record.driver_bytes, record.step_times_s):
                     record.step(lambda: training.step(batch_size), context.device, card)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the border to the user's model: it can raise anything
-            return _judge(error)
+            return _judge(error, lambda: _is_short(record, context, card))
         return Outcome.FITS, None
 
 
-def _judge(error: BaseException) -> tuple[Outcome, str]:
-    if is_out_of_memory(error):
+def _is_short(record: _Record, context: Context, card: Card) -> bool:
+    """Whether memory was short in the step that failed: the allocator refused something, or the device is full."""
+    refused = torch.cuda.memory_stats(context.device).get("num_ooms", 0) > record.num_ooms
+    return refused or card.free_bytes() < FULL_BYTES
+
+
+def _judge(error: BaseException, is_short: Callable[[], bool]) -> tuple[Outcome, str]:
+    if is_out_of_memory(error) or (may_be_out_of_memory(error) and is_short()):
         return Outcome.OOM, str(error)
     if is_gpu_lost(error):
         raise DeviceLost(f"the GPU vanished during a trial: {first_line(error)}") from error

@@ -23,9 +23,20 @@ _OUT_OF_MEMORY_TEXTS = (
     "Cuda failure 2 'out of memory'",  # nccl/src/include/checks.h, CUDACHECK
     "Cuda failure 'out of memory'",  # the same before NCCL 2.19
 )
+# What a library says for want of memory among other reasons. *Measured* on a full H200 (torch 2.11.0+cu130): cuDNN
+# answers CUDNN_STATUS_INTERNAL_ERROR, cuSOLVER's cusolverDnCreate CUSOLVER_STATUS_INTERNAL_ERROR, cuFFT
+# CUFFT_INTERNAL_ERROR. Where the allocator refuses a convolution every workspace, none of its plans runs and the last
+# words are "unable to find an engine" (aten/src/ATen/native/cudnn/Conv_v8.cpp, run_single_conv catches each refusal).
+_UNCERTAIN_TEXTS = (
+    "CUDNN_STATUS_INTERNAL_ERROR", "CUDNN_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_SUPPORTED",
+    "CUBLAS_STATUS_INTERNAL_ERROR", "CUBLAS_STATUS_NOT_INITIALIZED", "CUBLAS_STATUS_NOT_SUPPORTED",
+    "CUSOLVER_STATUS_INTERNAL_ERROR", "CUSOLVER_STATUS_NOT_INITIALIZED", "CUSPARSE_STATUS_INTERNAL_ERROR",
+    "CUSPARSE_STATUS_NOT_INITIALIZED", "CUSPARSE_STATUS_INSUFFICIENT_RESOURCES", "CUFFT_INTERNAL_ERROR",
+    "CUFFT_ALLOC_FAILED", "unable to find an engine to execute this computation",
+)  # fmt: skip
 _FAULT_TEXTS = (
     "CUDA error:", "cuDNN error:", "CUBLAS_STATUS_", "CUDNN_STATUS_", "CUSPARSE_STATUS_", "CUSOLVER_STATUS_",
-    "CUFFT_", "NCCL error", "CUDA driver error:", "NVML_",
+    "CUFFT_", "NCCL error", "CUDA driver error:", "NVML_", "unable to find an engine to execute this computation",
 )  # fmt: skip
 # cudaGetErrorString of cudaErrorDevicesUnavailable, cudaErrorECCUncorrectable, cudaErrorNoDevice and
 # cudaErrorDeviceUninitialized, and NVML's own words: no trial can run after one of these.
@@ -50,6 +61,12 @@ def is_out_of_memory(error: BaseException) -> bool:
         or (isinstance(link, RuntimeError) and _says(link, _OUT_OF_MEMORY_TEXTS))
         for link in _chain(error)
     )
+
+
+def may_be_out_of_memory(error: BaseException) -> bool:
+    """Whether a library of the GPU failed in a way that want of memory is one cause of: only what the allocator and the
+    device counted in that step can tell."""
+    return any(isinstance(link, RuntimeError) and _says(link, _UNCERTAIN_TEXTS) for link in _chain(error))
 
 
 def is_gpu_fault(error: BaseException) -> bool:
