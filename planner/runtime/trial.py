@@ -121,6 +121,7 @@ class TrialProcess:
                     "retries_after_step": record.retries_after_step,
                     "is_steady": len(record.driver_bytes) > 1 and record.driver_bytes[-1] == record.driver_bytes[-2],
                     "timings": record.timings,
+                    "system": context.system,
                 },
             }
             # A compiled model would compile again for the next size, and torch gives up after some (recompile_limit).
