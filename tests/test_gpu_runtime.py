@@ -9,7 +9,6 @@ import pytest
 
 from planner.doctor import examine
 from planner.errors import DeviceBusy, InvalidSpec
-from planner.gpus import default_capacity_bytes
 from planner.local_gpus import local_gpus
 from planner.planning import plan_sweep
 from planner.runtime.card import IDLE_BYTES, Card, wait_until_idle
