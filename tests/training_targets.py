@@ -72,3 +72,34 @@ def not_a_model() -> str:
 
 
 CONSTANT = 3
+
+
+class Blocks(torch.nn.Module):
+    """Four blocks in a Sequential; remembers in which modes it was called. ``breaks``: ends the compiler's graph."""
+
+    def __init__(self, width: int = 8, breaks: bool = False) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(4, width)
+        self.blocks = torch.nn.Sequential(*(_Block(width) for _ in range(4)))
+        self.last = torch.nn.Linear(width, 2)
+        self.breaks = breaks
+        self.calls: list[tuple[bool, bool]] = []
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            self.calls.append((self.training, torch.is_grad_enabled()))
+        hidden = self.blocks(self.first(x))
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return functional.mse_loss(self.last(hidden).float(), y.float())
+
+
+class _Block(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(width, width)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        grown: torch.Tensor = hidden + self.dropout(functional.gelu(self.linear(hidden)))
+        return grown

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from planner.allocator import AllocatorConfig, Events, replay
 from planner.processes import Child, serve
 from planner.specs.document import parse_spec
-from planner.specs.variants import Checkpointing, Compile, Precision, Variant
+from planner.specs.variants import Variant
 from planner.virtual import steady, tracing
 from planner.virtual.architecture import Architecture
 from planner.virtual.explanation import explain
@@ -51,11 +51,7 @@ class Process:
 
 
 def _variant(names: Mapping[str, str]) -> Variant:
-    return Variant(
-        precision=Precision(names.get("precision", "fp32")),
-        checkpointing=Checkpointing(names.get("checkpointing", "none")),
-        compile=Compile(names.get("compile", "off")),
-    )
+    return Variant.from_dict(names)
 
 
 _families: dict[str, TraceFamily] = {}
@@ -72,11 +68,13 @@ def _family(spec: Mapping[str, Any], variant: Mapping[str, str]) -> TraceFamily:
 def traced(*, spec: Any, variant: Any, batch_size: int, num_steps: int = 2) -> dict[str, Any]:
     """The trace of some steps: requested sizes, order, operators, marks, and what is not modelled."""
     trace = trace_steps(parse_spec(spec), _variant(variant), batch_size, H200, num_steps=num_steps)
+    starts = {name: index for index, name in trace.marks}
     return {
         "value": {
             "sizes": list(trace.sizes),
             "events": list(trace.events),
             "operators": list(trace.operators),
+            "born_before_step_1": sum(event >= 0 for event in trace.events[: starts["step 1"]]),
             "marks": [name for _, name in trace.marks],
             "unmodelled": sorted({doubt.operator for doubt in trace.doubts if not doubt.modelled}),
         }

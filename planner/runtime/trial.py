@@ -6,6 +6,8 @@ such trials certify. One that is kept warm saves the next trial CUDA's start and
 
 from __future__ import annotations
 
+import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +21,10 @@ from planner.errors import DeviceLost, ModelError, PlannerError, described, firs
 from planner.runtime.card import Card
 from planner.runtime.context import Context
 from planner.specs.model import Spec
-from planner.specs.variants import Compile, Variant
-from planner.training import Training
+from planner.specs.variants import DEFAULT, Compile, Variant
+from planner.training import Training, phases
 from planner.training.oom import is_gpu_fault, is_gpu_lost, is_out_of_memory, may_be_out_of_memory
+from planner.training.schedule import Phase
 from planner.trials import Outcome
 
 FULL_BYTES = 64 << 20
@@ -34,6 +37,13 @@ class _Record:
     """What was seen so far, whatever ends the trial."""
 
     step_times_s: list[float] = field(default_factory=list)
+    other_step_times_s: list[float] = field(default_factory=list)
+    """Of the steps of shorter batches, where samples differ in length: they say nothing of the longest."""
+    evaluation_s: float | None = None
+    phases: list[str] = field(default_factory=list)
+    """Names of those that were finished (``planner.training.schedule``)."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """``Training.report()``."""
     allocated_after_step_bytes: list[int] = field(default_factory=list)
     retries_after_step: list[int] = field(default_factory=list)
     """``num_alloc_retries`` so far."""
@@ -54,18 +64,30 @@ class _Record:
         finally:
             self.timings[name] = round(time.perf_counter() - start, 4)
 
-    def step(self, run: Callable[[], None], device: torch.device, card: Card) -> None:
-        """One training step, to its end on the GPU."""
-        self.num_ooms = torch.cuda.memory_stats(device).get("num_ooms", 0)
+    def run(self, training: Training, phase: Phase, batch_size: int, card: Card) -> None:
+        """One phase, to its end on the GPU."""
+        self.num_ooms = torch.cuda.memory_stats(training.device).get("num_ooms", 0)
         start = time.perf_counter()
-        run()
-        torch.cuda.synchronize(device)
-        self.step_times_s.append(time.perf_counter() - start)
-        stats = torch.cuda.memory_stats(device)
-        self.allocated_after_step_bytes.append(stats.get("allocated_bytes.all.current", 0))
-        self.retries_after_step.append(stats.get("num_alloc_retries", 0))
-        self.driver_bytes.append(stats.get("reserved_bytes.all.allocated", 0))
+        training.run(phase, batch_size)
+        torch.cuda.synchronize(training.device)
+        took_s = time.perf_counter() - start
+        if phase.is_evaluation:
+            self.evaluation_s = took_s
+        else:
+            shorter = phase.sequence_length not in (None, training.spec.data.sequence_length)
+            (self.other_step_times_s if shorter else self.step_times_s).append(took_s)
+            stats = torch.cuda.memory_stats(training.device)
+            self.allocated_after_step_bytes.append(stats.get("allocated_bytes.all.current", 0))
+            self.retries_after_step.append(stats.get("num_alloc_retries", 0))
+            self.driver_bytes.append(stats.get("reserved_bytes.all.allocated", 0))
+        self.phases.append(phase.name)
+        self.report = training.report()
         self.device_bytes = max(self.device_bytes, card.used_bytes())
+
+    def beside(self) -> dict[str, Any]:
+        """What only some specs and variants have, as JSON data."""
+        found = {"other_step_times_s": self.other_step_times_s, "evaluation_s": self.evaluation_s}
+        return {name: value for name, value in found.items() if value} | self.report
 
 
 class TrialProcess:
@@ -85,8 +107,8 @@ class TrialProcess:
         keep: bool,
         accumulation_steps: int = 1,
     ) -> dict[str, Any]:
-        """Run ``batch_size`` until a step takes nothing more from the driver, and report outcome, peaks, retries and
-        step times as JSON data.
+        """Run the phases of a trial of ``batch_size``, then steps until one takes nothing more from the driver, and
+        report outcome, peaks, retries and step times as JSON data.
 
         ``accumulation_steps`` stands in for those of the spec that the process was started with.
         ``keep`` asks for a process that can run another trial of the same variant; ``warm`` says whether it can.
@@ -96,6 +118,7 @@ class TrialProcess:
         chosen = Variant.from_dict(variant)
         record = _Record()
         with Card.open(gpu_uuid) as card:
+            _use_allocator(chosen.allocator)
             with record.timing("context_s"):
                 context = self._context = self._context or Context.start(capacity_bytes, card)
             context.begin()
@@ -115,13 +138,14 @@ class TrialProcess:
                 "details": {
                     "context_bytes": context.context_bytes,
                     "used_before_bytes": context.used_before_bytes,
-                    "num_steps": len(record.step_times_s),
+                    "num_steps": len(record.allocated_after_step_bytes),
                     "samples_per_step": batch_size * accumulation_steps,
                     "allocated_after_step_bytes": record.allocated_after_step_bytes,
                     "retries_after_step": record.retries_after_step,
                     "is_steady": len(record.driver_bytes) > 1 and record.driver_bytes[-1] == record.driver_bytes[-2],
+                    "phases": record.phases,
+                    **record.beside(),
                     "timings": record.timings,
-                    "system": context.system,
                 },
             }
             # A compiled model would compile again for the next size, and torch gives up after some (recompile_limit).
@@ -139,8 +163,15 @@ class TrialProcess:
                 training = Training(spec, variant, self._model, context.device)
             context.moved()
             with record.timing("steps_s"):
-                while wants_another_step(record.allocated_after_step_bytes, record.driver_bytes, record.step_times_s):
-                    record.step(lambda: training.step(batch_size), context.device, card)
+                schedule = phases(spec)
+                is_plain = all(phase.repeats(schedule[0]) for phase in schedule)
+                for number, phase in enumerate(itertools.chain(schedule, itertools.repeat(schedule[-1]))):
+                    goes_on = wants_another_step(
+                        record.allocated_after_step_bytes, record.driver_bytes, record.step_times_s
+                    )
+                    if (is_plain or number >= len(schedule)) and not goes_on:
+                        break
+                    record.run(training, phase, batch_size, card)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the border to the user's model: it can raise anything
             return _judge(error, lambda: _is_short(record, context, card))
         return Outcome.FITS, None
@@ -150,6 +181,14 @@ def _is_short(record: _Record, context: Context, card: Card) -> bool:
     """Whether memory was short in the step that failed: the allocator refused something, or the device is full."""
     refused = torch.cuda.memory_stats(context.device).get("num_ooms", 0) > record.num_ooms
     return refused or card.free_bytes() < FULL_BYTES
+
+
+def _use_allocator(conf: str) -> None:
+    """Give the caching allocator its settings. It reads them once, when it is first used
+    (``AcceleratorAllocatorConfig::instance``, c10/core/AllocatorConfig.h): in this process, when CUDA starts."""
+    if conf != DEFAULT:
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # the second is what torch before 2.9 reads
+            os.environ[name] = conf
 
 
 def _judge(error: BaseException, is_short: Callable[[], bool]) -> tuple[Outcome, str]:

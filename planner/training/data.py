@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import random
 from typing import Any
 
 import torch
@@ -14,13 +16,27 @@ _LANGUAGE_MODELS = ("causal-lm", "masked-lm", "seq2seq-lm")
 Batch = dict[str, torch.Tensor]
 
 
-def make_batch(spec: Spec, model: torch.nn.Module, batch_size: int, device: torch.device) -> Batch:
+def make_batch(
+    spec: Spec,
+    model: torch.nn.Module,
+    batch_size: int,
+    device: torch.device,
+    *,
+    sequence_length: int | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Batch:
     """One batch of ``batch_size`` samples: name -> tensor ``[batch_size, ...]`` on ``device``.
+
+    ``sequence_length`` is that of the longest sample, in tokens, where samples differ; the others are padded to it.
+    Tensors of four dimensions are made in ``memory_format``.
 
     Raises ``InvalidSpec`` where the data does not fit the model: tokens for a model without a vocabulary.
     """
-    makers = {DataKind.TOKENS: _tokens, DataKind.IMAGES: _images, DataKind.TENSORS: _tensors}
-    return makers[spec.data.kind](spec, model, batch_size, device)
+    if spec.data.kind is DataKind.TOKENS:
+        batch = _tokens(spec, model, batch_size, device, sequence_length)
+        return batch if sequence_length is None else _padded(spec, model, batch, device)
+    makers = {DataKind.IMAGES: _images, DataKind.TENSORS: _tensors}
+    return makers[spec.data.kind](spec, model, batch_size, device, memory_format)
 
 
 def num_classes(model: torch.nn.Module) -> int | None:
@@ -38,11 +54,13 @@ def positional(spec: Spec) -> bool:
     return spec.data.kind is DataKind.IMAGES and spec.model.source in (ModelSource.TIMM, ModelSource.TORCHVISION)
 
 
-def _tokens(spec: Spec, model: torch.nn.Module, batch_size: int, device: torch.device) -> Batch:
+def _tokens(
+    spec: Spec, model: torch.nn.Module, batch_size: int, device: torch.device, sequence_length: int | None
+) -> Batch:
     vocabulary = getattr(_text_config(model), "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise InvalidSpec("the model has no vocabulary; describe its inputs with kind: tensors", field="data.kind")
-    length = spec.data.sequence_length
+    length = sequence_length or spec.data.sequence_length
     assert length is not None, "checked when the spec was read"
     tokens = torch.randint(0, vocabulary, (batch_size, length), device=device)
     if spec.model.task in _LANGUAGE_MODELS:
@@ -54,16 +72,38 @@ def _tokens(spec: Spec, model: torch.nn.Module, batch_size: int, device: torch.d
     return {"input_ids": tokens, "labels": _labels(model, num_classes(model) or 2, shape, device)}
 
 
+def _padded(spec: Spec, model: torch.nn.Module, batch: Batch, device: torch.device) -> Batch:
+    """``batch`` as a collator pads it: a mask for models that take one, and no labels for the padding.
+
+    The first sample is as long as the batch, the last the shortest of all, the others are drawn from the histogram.
+    """
+    batch_size, longest = batch["input_ids"].shape
+    tokens, counts = zip(*((length, count) for length, count in spec.data.lengths if length <= longest), strict=True)
+    drawn = random.Random(longest).choices(tokens, counts, k=max(0, batch_size - 2))  # noqa: S311 - no secret
+    lengths = torch.tensor([longest, *drawn, *([min(tokens)] if batch_size > 1 else [])], device=device)
+    mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        batch["attention_mask"] = mask
+    if batch["labels"].shape == mask.shape:
+        batch["labels"] = batch["labels"].masked_fill(mask == 0, _IGNORED)
+    return batch
+
+
+_IGNORED = -100  # the label that counts for nothing: transformers' loss functions and torch's cross_entropy
+
+
 def _text_config(model: torch.nn.Module) -> Any:
     config = getattr(model, "config", None)
     get_text_config = getattr(config, "get_text_config", None)
     return get_text_config() if get_text_config is not None else config
 
 
-def _images(spec: Spec, model: torch.nn.Module, batch_size: int, device: torch.device) -> Batch:
+def _images(
+    spec: Spec, model: torch.nn.Module, batch_size: int, device: torch.device, memory_format: torch.memory_format
+) -> Batch:
     size = spec.data.size
     assert size is not None, "checked when the spec was read"
-    pixels = torch.randn((batch_size, _channels(spec, model), size, size), device=device)
+    pixels = _normal((batch_size, _channels(spec, model), size, size), torch.float32, device, memory_format)
     classes = spec.data.classes or num_classes(model) or 1000
     return {"pixel_values": pixels, "labels": _labels(model, classes, (batch_size,), device)}
 
@@ -91,13 +131,23 @@ def _labels(model: torch.nn.Module, classes: int, shape: tuple[int, ...], device
     return torch.randint(0, classes, shape, device=device)
 
 
-def _tensors(spec: Spec, model: torch.nn.Module, batch_size: int, device: torch.device) -> Batch:
+def _normal(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, memory_format: torch.memory_format
+) -> torch.Tensor:
+    if memory_format is torch.contiguous_format or len(shape) != 4:
+        return torch.randn(shape, device=device, dtype=dtype)
+    return torch.empty(shape, device=device, dtype=dtype, memory_format=memory_format).normal_()
+
+
+def _tensors(
+    spec: Spec, model: torch.nn.Module, batch_size: int, device: torch.device, memory_format: torch.memory_format
+) -> Batch:
     batch: Batch = {}
     for name, item in spec.data.inputs.items():
         dtype = getattr(torch, item.dtype)
         shape = (batch_size, *item.shape)
         if dtype.is_floating_point or dtype.is_complex:
-            batch[name] = torch.randn(shape, device=device, dtype=dtype)
+            batch[name] = _normal(shape, dtype, device, memory_format)
         elif dtype is torch.bool:
             batch[name] = torch.ones(shape, device=device, dtype=dtype)
         else:

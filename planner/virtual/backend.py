@@ -64,8 +64,10 @@ def install() -> torch.device:
     """Register the backend in this process (once) and return its only device."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_DeviceModule())
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]
+    FakeTensor.__deepcopy__ = _deepcopy  # type: ignore[assignment, method-assign]
     # A parameter of fake tensors is a FakeTensor to ``type``; on CUDA the same parameter gets the foreach kernels.
-    importlib.import_module("torch.optim.optimizer")._foreach_supported_types.append(FakeTensor)
+    for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
+        importlib.import_module(module)._foreach_supported_types.append(FakeTensor)
     _claim_kernels()
     return torch.device(NAME, 0)
 
@@ -99,6 +101,19 @@ def _claim_kernels() -> None:
     kernels = library(DISPATCH_KEY)
     for name in sorted(kernels_beside_decompositions()):
         kernels.impl(name.removeprefix("aten::"), unreachable)
+
+
+def _deepcopy(self: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
+    """``copy.deepcopy`` of a tensor, which torch makes by copying bytes (torch/_tensor.py, torch/nn/parameter.py)."""
+    if id(self) in memo:
+        found: torch.Tensor = memo[id(self)]
+        return found
+    with torch.no_grad():
+        data = self.detach().clone(memory_format=torch.preserve_format)
+    is_parameter = isinstance(self, torch.nn.Parameter)
+    copied = torch.nn.Parameter(data, self.requires_grad) if is_parameter else data.requires_grad_(self.requires_grad)
+    memo[id(self)] = copied
+    return copied
 
 
 def _apply(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:

@@ -14,7 +14,7 @@ from planner.allocator import AllocatorConfig, parse_conf
 from planner.errors import ModelError, PlannerError, described
 from planner.processes import serve
 from planner.specs.document import parse_spec
-from planner.specs.variants import Variant
+from planner.specs.variants import DEFAULT, Variant
 from planner.virtual.explanation import explain
 from planner.virtual.prediction import predict_trial
 from planner.virtual.scaling import TraceFamily
@@ -56,7 +56,7 @@ class Predictor:
         )
         parsed = parse_spec(spec)
         chosen = Variant.from_dict(variant)
-        self._config = parse_conf(allocator_conf)
+        self._config = parse_conf(allocator_conf if chosen.allocator == DEFAULT else chosen.allocator)
         self._capacity_bytes, self._device_total_bytes = capacity_bytes, device_total_bytes
         self._family = TraceFamily(lambda size: trace_steps(parsed, chosen, size, architecture))
         return {}

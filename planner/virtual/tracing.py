@@ -6,6 +6,7 @@ import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from planner.errors import InvalidSpec
 from planner.specs.model import Spec
 from planner.specs.variants import Compile, Variant
-from planner.virtual import attention, autocast, backend, composites, packing, recurrent
+from planner.virtual import attention, autocast, backend, recurrent
 from planner.virtual.architecture import Architecture
 from planner.virtual.indices import IndexOutOfRange
 from planner.virtual.kernels import Kernels
 from planner.virtual.recorder import Recorder
 from planner.virtual.steady import repeat_last_step
-from planner.virtual.trace import Purpose, Trace
+from planner.virtual.trace import Doubt, Formula, Purpose, Trace
 
 if TYPE_CHECKING:
     from planner.training import Training
@@ -36,9 +37,7 @@ def prepare(architecture: Architecture) -> torch.device:
     torch._C._set_only_lift_cpu_tensors(True)
     autocast.install(_note_cast)
     attention.install(architecture)
-    recurrent.install()
-    packing.install()
-    composites.install()
+    recurrent.install(_note_doubt)
     _show_values_to_transformers()
     return device
 
@@ -46,7 +45,7 @@ def prepare(architecture: Architecture) -> torch.device:
 def trace_steps(
     spec: Spec, variant: Variant, batch_size: int, architecture: Architecture, *, num_steps: int = 3
 ) -> Trace:
-    """Build the model, move it and take ``num_steps`` training steps, all without storage.
+    """Build the model, move it and run the phases of a trial (``planner.training.schedule``), all without storage.
 
     From the third step on, a step that goes as the one before it is copied instead of run (``planner.virtual.steady``);
     a step of the user's own is always run, since it may count.
@@ -54,11 +53,12 @@ def trace_steps(
     Raises ``InvalidSpec`` for a compiled variant: what the compiler fuses and recomputes is not known here; and for
     tokens or classes that the model has no positions or outputs for.
     """
-    from planner.training import Training, build_model
+    from planner.training import Training, build_model, phases
 
     if variant.compile is Compile.ON:
         message = "torch.compile is not predicted, since its compiler decides what is kept: probe it on a GPU"
         raise InvalidSpec(message, field="variants.compile", suggestion="off")
+    spec = _few_micro_batches(spec)
     device = prepare(architecture)
     recorder = Recorder(Kernels(architecture))
     _recording.append(recorder)
@@ -68,11 +68,14 @@ def trace_steps(
             recorder.trace.mark("move")
             training = Training(spec, variant, model, device)
             del model
+            schedule = phases(spec, num_steps)
             with _followed(training, recorder):
-                for number in range(num_steps):
-                    if number < 2 or spec.train.step or not repeat_last_step(recorder.trace):
-                        recorder.trace.mark(f"step {number + 1}")
-                        training.step(batch_size)
+                for number, phase in enumerate(schedule):
+                    # Only the last phases can be copies: one after a copy would go on from the step that was copied.
+                    copies = number >= 2 and all(later.repeats(schedule[number - 1]) for later in schedule[number:])
+                    if not copies or spec.train.step or not repeat_last_step(recorder.trace):
+                        recorder.trace.mark(phase.name)
+                        training.run(phase, batch_size)
                 recorder.stop()
     except IndexOutOfRange as error:
         raise error.of_spec(spec) from error
@@ -81,14 +84,23 @@ def trace_steps(
     return recorder.trace
 
 
+MAX_MICRO_BATCHES = 3
+"""The third finds what the second left, as every later one does: its peaks are those of any number."""
+
+
+def _few_micro_batches(spec: Spec) -> Spec:
+    steps = min(spec.train.accumulation_steps, MAX_MICRO_BATCHES)
+    return replace(spec, train=replace(spec.train, accumulation_steps=steps))
+
+
 @contextmanager
 def _followed(training: Training, recorder: Recorder) -> Iterator[None]:
     """Let the recorder know whose memory it sees: the model's, a batch's, a gradient's, the optimizer's."""
     model, owners, draw = training.model, recorder.owners, training.batch
 
-    def batch(batch_size: int) -> Batch:
+    def batch(batch_size: int, sequence_length: int | None = None) -> Batch:
         owners.begin_batch()
-        drawn = draw(batch_size)
+        drawn = draw(batch_size, sequence_length)
         owners.mark_inputs(drawn)
         return drawn
 
@@ -121,6 +133,11 @@ _recording: list[Recorder] = []
 def _note_cast(cast: torch.Tensor) -> None:
     for recorder in _recording:
         recorder.owners.mark(cast, Purpose.CAST_PARAMETER)
+
+
+def _note_doubt(operator: str, error: Formula) -> None:
+    for recorder in _recording:
+        recorder.trace.doubts.append(Doubt(operator, error, modelled=False))
 
 
 def _show_values_to_transformers() -> None:
