@@ -10,8 +10,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Protocol
 
+from planner.ahead import Ahead
 from planner.devices import Device, Explainer, TrialRunner
 from planner.errors import DeviceError, InvalidArgument, InvalidInput, InvalidSpec, PlannerError
 from planner.progress import (
@@ -145,22 +147,26 @@ def plan_sweep(
     environment = device.environment(spec)
     listener(SweepStarted(variants=variants))
     plans: list[Plan] = []
-    for index, variant in enumerate(variants):
-        if should_stop():
-            return tuple(plans)
-        listener(VariantStarted(variant=variant, index=index))
-        work = _VariantWork(spec, variant, device, environment, store, batch_size, fresh, listener, should_stop, worker)
-        work.compare_at = _size_without_checkpointing(variant, plans)
-        try:
-            plan = work.stored_plan()
-            if plan is None:
-                for each in (device, *([predict_start] if predict_start and batch_size is None else [])):
-                    each.prepare(spec, variants[index:])
-                plan = work.plan(predict_start)
-        except _Stopped:
-            return tuple(plans)
-        plans.append(plan)
-        listener(VariantFinished(plan=plan, index=index))
+    with Ahead[Variant, Plan]() as ahead:
+        for index, variant in enumerate(variants):
+            if should_stop():
+                return tuple(plans)
+            listener(VariantStarted(variant=variant, index=index))
+            work = _VariantWork(
+                spec, variant, device, environment, store, batch_size, fresh, listener, should_stop, worker, ahead
+            )
+            work.compare_at = _size_without_checkpointing(variant, plans)
+            try:
+                plan = work.stored_plan()
+                if plan is None:
+                    device.prepare(spec, variants[index:])
+                    if predict_start is not None and batch_size is None and not ahead.has(variant):
+                        work.predict_ahead(predict_start, variants[index:])
+                    plan = work.plan(predict_start)
+            except _Stopped:
+                return tuple(plans)
+            plans.append(plan)
+            listener(VariantFinished(plan=plan, index=index))
     listener(SweepFinished(plans=tuple(plans)))
     return tuple(plans)
 
@@ -179,6 +185,8 @@ class _VariantWork:
     listener: Listener
     should_stop: Callable[[], bool]
     worker: str | None
+    ahead: Ahead[Variant, Plan]
+    """Predictions that are made beside the trials of the variants before."""
     trials: list[Trial] = field(default_factory=list)
     trial_ids: list[str] = field(default_factory=list)
     read_back: dict[int, StoredTrial] = field(default_factory=dict)
@@ -252,6 +260,19 @@ class _VariantWork:
             if usable and stored.capacity_bytes == self.device.capacity_bytes:
                 self.read_back[stored.trial.batch_size] = stored
 
+    def predict_ahead(self, predictor: Device, variants: Sequence[Variant]) -> None:
+        """Have all of these variants predicted, this one first, while the first trials run."""
+        predictor.prepare(self.spec, variants)
+        self.ahead.begin({variant: partial(self._predict, predictor, variant) for variant in variants})
+
+    def _predict(self, predictor: Device, variant: Variant) -> Plan:
+        """What the virtual GPU says; stored as any plan."""
+        work = _VariantWork(
+            self.spec, variant, predictor, predictor.environment(self.spec), self.store, self.batch_size,
+            self.fresh, _nobody, lambda: self.ahead.is_over, self.worker, self.ahead,
+        )  # fmt: skip
+        return work.stored_plan() or work.plan(None)
+
     def _predicted(self, predictor: Device | None) -> Plan | None:
         """What is expected to come out; ``None`` when nothing could be predicted.
 
@@ -260,12 +281,9 @@ class _VariantWork:
         """
         if predictor is None:
             return None
-        work = _VariantWork(
-            self.spec, self.variant, predictor, predictor.environment(self.spec), self.store, self.batch_size,
-            self.fresh, _nobody, self.should_stop, self.worker,
-        )  # fmt: skip
         try:
-            plan = work.stored_plan() or work.plan(None)
+            has_begun = self.ahead.has(self.variant)
+            plan = self.ahead.take(self.variant) if has_begun else self._predict(predictor, self.variant)
         except InvalidSpec:
             raise
         except (InvalidInput, DeviceError):

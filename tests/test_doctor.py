@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from planner.doctor import Finding, ask_torch, examine, kernels_for
+from planner.doctor import Finding, ask_torch, examine
 from planner.processes import ChildDied
+from planner.runtime.inventory import kernels_for
 from tests import environment_fakes
 from tests.environment_fakes import Card
 from tests.test_runtime import FakeNvml

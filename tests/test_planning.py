@@ -1,5 +1,7 @@
 """A sweep over a device: what it answers, what it stores and when, and what stops it."""
 
+import threading
+
 import pytest
 
 from planner.devices import Limit
@@ -15,7 +17,7 @@ from planner.planning import plan_sweep
 from planner.progress import SweepFinished, SweepStarted, TrialFinished, TrialStarted, VariantFinished, VariantStarted
 from planner.reports import plan_dict, summary
 from planner.specs.variants import Checkpointing, Precision
-from planner.store import Store
+from planner.store import PlanFilter, Store
 from planner.trials import Outcome, PlanStatus, Source
 from planner.units import GIB
 from tests.planning_fakes import (
@@ -104,10 +106,42 @@ def test_a_measured_plan_does_without_an_explanation_where_there_is_none():
 def test_devices_are_told_which_variants_come():
     device, virtual = ThresholdDevice(9), ThresholdDevice(9, source=PREDICTED)
     plan_sweep(make_spec(*TWO), device, predict_start=virtual)
-    assert device.prepared == virtual.prepared == [(FP32, BF16), (BF16,)]
+    assert device.prepared == [(FP32, BF16), (BF16,)]
+    assert virtual.prepared == [(FP32, BF16)]
     virtual.prepared.clear()
     plan_sweep(make_spec(), device, predict_start=virtual, batch_size=3)
     assert virtual.prepared == []
+
+
+class Watched(ThresholdDevice):
+    """Tells of each variant before it is opened."""
+
+    def __init__(self, before, **given):
+        super().__init__(9, **given)
+        self.before = before
+
+    def open(self, spec, variant):
+        self.before(variant)
+        return super().open(spec, variant)
+
+
+def test_later_variants_are_predicted_while_the_first_one_is_measured():
+    predicted = threading.Event()
+    virtual = Watched(lambda variant: predicted.set() if variant == BF16 else None, source=PREDICTED)
+    device = Watched(lambda variant: predicted.wait(20) or pytest.fail("nothing was predicted ahead"))
+    plans = plan_sweep(make_spec(*TWO), device, predict_start=virtual)
+    assert [plan.predicted_max_batch_size for plan in plans] == [9, 9]
+    assert sorted(virtual.sizes(BF16)) == sorted(virtual.sizes(FP32))
+
+
+def test_predictions_made_ahead_are_stored_beside_the_measurements(store):
+    virtual = ThresholdDevice(9, source=PREDICTED)
+    plans = plan_sweep(make_spec(*TWO), ThresholdDevice(9), predict_start=virtual, store=store)
+    stored = store.list_plans(PlanFilter()).items
+    assert sorted((plan.source, plan.variant) for plan in stored) == [
+        (Source.MEASURED, BF16), (Source.MEASURED, FP32), (PREDICTED, BF16), (PREDICTED, FP32),
+    ]  # fmt: skip
+    assert {plan.id for plan in plans} < {plan.id for plan in stored}
 
 
 def test_nothing_is_prepared_for_a_stored_answer():

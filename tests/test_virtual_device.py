@@ -127,12 +127,11 @@ result = [sorted(cuda - mine), sorted(mine - cuda), len(cuda)]
     missing, extra, count = process.run(code)
     # The first is an error under autocast; no version of torch calls the others since 1.7.
     assert set(missing) <= {
-        "aten::_cudnn_rnn",  # in CUDA builds; recurrent layers are planner.virtual.recurrent's
         "aten::binary_cross_entropy",
         "aten::cudnn_convolution",
         "aten::cudnn_convolution_transpose",
     }
-    assert extra == []
+    assert set(extra) <= {"aten::_cudnn_rnn"}  # which CUDA builds alone register for CUDA
     assert count > 100
 
 

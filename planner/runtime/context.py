@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import math
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import torch
 
 from planner.errors import DeviceUnavailable, first_line
 from planner.runtime.card import Card
+from planner.runtime.inventory import kernels_for, library_facts
 
 
 @dataclass(slots=True)
@@ -22,6 +23,8 @@ class Context:
     """Of the CUDA context itself, on the whole device."""
     used_before_bytes: int
     """In use on the device before it was started."""
+    system: dict[str, Any]
+    """What else of this machine can change a trial: versions of libraries and how the card is set up."""
     pids: tuple[int, ...]
     """By which ids the driver lists this process: not this process's own in every container; empty in some."""
     _held_by_model: tuple[int, int] | None = None
@@ -46,6 +49,7 @@ class Context:
             device=device,
             context_bytes=card.used_bytes() - used_before_bytes,
             used_before_bytes=used_before_bytes,
+            system={**_libraries(device), **asdict(card.settings())},
             pids=tuple(pid for pid in card.compute_processes() if pid not in others),
         )
 
@@ -74,6 +78,11 @@ class Context:
 
     def _held(self) -> tuple[int, int]:
         return torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+
+
+def _libraries(device: torch.device) -> dict[str, Any]:
+    facts = library_facts()
+    return {**facts, "kernels": kernels_for(torch.cuda.get_device_capability(device), facts["kernels"])}
 
 
 def memory_fraction(capacity_bytes: int, total_bytes: int) -> float:

@@ -54,5 +54,31 @@ def _installed(distribution: str) -> str | None:
         return None
 
 
+def kernels_for(capability: tuple[int, int], built_for: list[str]) -> str | None:
+    """What a GPU of ``capability`` runs of a build for ``built_for`` (``sm_80``, ``sm_90a``, ``compute_90``): the
+    newest machine code of its own major version, else PTX, which the driver compiles; ``None``: nothing.
+
+    CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".
+    """
+    codes = [(kind, int(number[:-1]), int(number[-1])) for kind, number in map(_split, built_for) if number.isdigit()]
+    exact = f"sm_{capability[0]}{capability[1]}a"  # runs on this one GPU architecture only
+    usable = [code[1:] for code in codes if code[0] == "sm" and code[1] == capability[0] and code[2] <= capability[1]]
+    if exact in built_for and capability not in usable:
+        return exact
+    if usable:
+        major, minor = max(usable)
+        return f"sm_{major}{minor}"
+    intermediate = [code[1:] for code in codes if code[0] == "compute" and code[1:] <= capability]
+    if not intermediate:
+        return None
+    major, minor = max(intermediate)
+    return f"compute_{major}{minor}, compiled by the driver when first used"
+
+
+def _split(code: str) -> tuple[str, str]:
+    kind, _, number = code.partition("_")
+    return kind, number
+
+
 if __name__ == "__main__":
     serve({"report": report})

@@ -146,6 +146,7 @@ class TrialProcess:
                     "phases": record.phases,
                     **record.beside(),
                     "timings": record.timings,
+                    "system": context.system,
                 },
             }
             # A compiled model would compile again for the next size, and torch gives up after some (recompile_limit).

@@ -46,3 +46,11 @@ class Architecture:
         an H200.
         """
         return self.compute_capability[0] in (9, 10) and self.torch_version >= (2, 10)
+
+    @property
+    def cudnn_dropout_state_bytes(self) -> int:
+        """Random state of cuDNN's dropout: 24 bytes for each resident thread.
+
+        ``cudnnDropoutGetStatesSize`` answers 6,488,064 on an H200.
+        """
+        return 24 * self.num_sms * self.threads_per_sm

@@ -8,10 +8,12 @@ aten/src/ATen/autocast_mode.cpp.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
+from planner.virtual import recurrent
 from planner.virtual.backend import DISPATCH_KEY, NAME, library
 
 _KEY = "Autocast" + DISPATCH_KEY
@@ -110,6 +112,7 @@ def install(noted: Callable[[torch.Tensor], None] = lambda cast: None) -> None:
             operator = getattr(packet, overload)
             if operator.name().removesuffix(".default") in on_cuda:
                 kernels.impl(operator, make(operator, cache))
+    kernels.impl("_cudnn_rnn", _recurrent(cache))
 
 
 def _without_autocast() -> Any:
@@ -155,6 +158,16 @@ def _float32_result(operator: Any, cache: WeightCache) -> Any:
                 if given is None:
                     args, kwargs = args[:position], {**kwargs, "dtype": torch.float32}
             return operator(*args, **kwargs)
+
+    return kernel
+
+
+def _recurrent(cache: WeightCache) -> Any:
+    cast_and_flatten = recurrent.cast_and_flatten(partial(_cast_all, cache))
+
+    def kernel(*args: Any) -> Any:
+        with _without_autocast():
+            return cast_and_flatten(*args)
 
     return kernel
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from planner.virtual import recurrent_kernels
 from planner.virtual.architecture import Architecture
 from planner.virtual.convolutions import ELEMENT_BYTES, Direction, workspace_bytes
 from planner.virtual.reductions import Loop, reduction_loops, semaphore_bytes, staging_buffer_bytes
@@ -21,7 +22,8 @@ from planner.virtual.trace import Formula
 aten = torch.ops.aten
 
 Step = tuple[str, int | Formula]
-"""``("output", i)``: the i-th new storage that the operator returns; ``("temporary", bytes)``: freed when the operator
+"""``("output", i)``: the i-th new storage that the operator returns; ``("size", formula)``: the bytes of the next
+output, where they are not affine in the batch size; ``("temporary", bytes)``: freed when the operator
 ends, last first; ``("workspace", bytes)``: a temporary that the kernel can do without, should it be refused; ``("kept",
 bytes)``: for the life of the process; ``("free", 0)``: the newest temporary is freed now; ``("doubt", bytes)``: nothing
 is allocated, but the call may take up to so much more or less."""
@@ -61,11 +63,21 @@ class Kernels:
             yield from self._workspace("cublas", thread, self.architecture.cublas_workspace_bytes)
             if packet is aten.addmm:
                 yield from self._workspace("cublaslt", thread, self.architecture.cublaslt_workspace_bytes)
+        elif packet is aten._cudnn_init_dropout_state:
+            yield from self._dropout_state()
 
     def _workspace(self, library: str, thread: str, size: int) -> Iterator[Step]:
         if (library, thread) not in self._handles:
             self._handles.add((library, thread))
             yield "kept", size
+
+    def _dropout_state(self) -> Iterator[Step]:
+        """``get_dropout_state`` in aten/src/ATen/native/cudnn/RNN.cpp: made once for the process, from a drawn seed."""
+        if ("cudnn", "dropout") not in self._handles:
+            self._handles.add(("cudnn", "dropout"))
+            yield "temporary", 8
+            yield "free", 0
+            yield "kept", self.architecture.cudnn_dropout_state_bytes
 
 
 _GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addmv, aten.mv}
@@ -83,6 +95,10 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
         return rule
 
     return register
+
+
+_rule("_cudnn_rnn")(recurrent_kernels.forward)
+_rule("_cudnn_rnn_backward")(recurrent_kernels.backward)
 
 
 def _outputs(call: Call) -> Iterator[Step]:
@@ -124,11 +140,23 @@ def _reduction(call: Call, architecture: Architecture) -> Iterator[Step]:
     """Partial results of reductions that span several thread blocks (``planner.virtual.reductions``)."""
     yield from _outputs(call)
     tensor = call.args[0]
+    if call.packet in (aten.sum, aten.prod, aten.nansum):
+        yield from _promoted(tensor, call.kwargs.get("dtype"))
     if isinstance(tensor, torch.Tensor) and tensor.numel() > 0:
         position = 2 if call.packet is aten.linalg_vector_norm else 1
         dims = call.args[position] if len(call.args) > position else call.kwargs.get("dim")
         dims = (dims,) if isinstance(dims, int) and not isinstance(dims, bool) else dims
         yield from _staging(tensor, tuple(dims) if isinstance(dims, (list, tuple)) else (), architecture)
+
+
+def _promoted(tensor: torch.Tensor, dtype: torch.dtype | None) -> Iterator[Step]:
+    """The input in the result's dtype, int64 for integers and bools: ``make_reduction_from_out_ty`` in
+    aten/src/ATen/native/ReduceOpsUtils.h, which spares low precision summed in float32 (trace of lstm-tagger)."""
+    exact = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+    wanted = dtype or (tensor.dtype if exact else torch.int64)
+    spared = tensor.dtype in (torch.float16, torch.bfloat16) and wanted is torch.float32
+    if wanted is not tensor.dtype and not spared:
+        yield "temporary", tensor.numel() * wanted.itemsize
 
 
 def _staging(tensor: torch.Tensor, dims: tuple[int, ...], architecture: Architecture) -> Iterator[Step]:
@@ -198,8 +226,9 @@ def _embedding_backward(call: Call, _: Architecture) -> Iterator[Step]:
     Temporaries as in the recorded trace of gpt2; 10 is ``NROWS_PER_THREAD``; partial sums are float32.
     """
     grad, indices, num_weights = call.args[0], call.args[1], call.args[2]
-    if not indices.is_contiguous():
-        yield "temporary", _bytes(indices)
+    for item in (indices, grad):  # the gradient of what a recurrent layer reads is transposed: trace of lstm-lm
+        if not item.is_contiguous():
+            yield "temporary", _bytes(item)
     count, width, rows = indices.numel(), grad.shape[-1], int(num_weights)
 
     def sorting(size: Callable[..., int], *constants: int) -> Step:

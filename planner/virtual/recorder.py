@@ -7,6 +7,7 @@ import itertools
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from planner.errors import ModelError
-from planner.virtual import repeats, values
+from planner.virtual import packing, recurrent, repeats, values
 from planner.virtual.backend import NAME, kernels_beside_decompositions
 from planner.virtual.indices import check_indices
 from planner.virtual.kernels import Call, Kernels, Step, is_modelled
@@ -27,7 +28,8 @@ from planner.virtual.trace import Doubt, Formula, Purpose, Trace
 aten = torch.ops.aten
 # What a gradient that only the engine's buffer holds counts here, seen from inside a dispatch mode.
 _ENGINE_TENSOR_REFERENCES, _ENGINE_STORAGE_REFERENCES = 4, 2
-_GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)
+_GROUPED_MM: Any = getattr(getattr(aten, "_grouped_mm", None), "default", None)
+_PACK = aten._pack_padded_sequence.default
 _WRAPPERS = {"torch._compile", "torch._dynamo.eval_frame", "torch.utils._python_dispatch", __name__}
 """Modules whose frames stand between the engine and ``Recorder.__torch_dispatch__``: torch wraps each dispatch."""
 _ZERO = {torch.bool: False, torch.int64: 0, torch.int32: 0, torch.uint8: 0}
@@ -35,7 +37,7 @@ _DEVICE = torch.ops.prim.device.default
 _READS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
 
 
-def _grouped_mm(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+def _grouped_mm(*args: Any, **kwargs: Any) -> torch.Tensor:
     """``_grouped_mm`` takes float32 and float16 on CUDA, one product for each group; its shape function knows bf16
     alone."""
     dtype = args[0].dtype
@@ -43,7 +45,7 @@ def _grouped_mm(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
         item.to(torch.bfloat16) if isinstance(item, torch.Tensor) and item.is_floating_point() else item
         for item in args
     ]
-    out: torch.Tensor = func(*low, **{**kwargs, "out_dtype": None} if "out_dtype" in kwargs else kwargs)
+    out: torch.Tensor = _GROUPED_MM(*low, **{**kwargs, "out_dtype": None} if "out_dtype" in kwargs else kwargs)
     return out if dtype is torch.bfloat16 else out.to(dtype)
 
 
@@ -87,6 +89,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: dict[int, tuple[Any, int]] = {}
         self._answers: dict[repeats.Key, _Seen] = {}
         self._stopped = False
+        # Of operators whose own shape function is missing or knows less than CUDA.
+        self._shape_functions: dict[Any, Callable[..., Any]] = {
+            _GROUPED_MM: _grouped_mm,
+            aten._cudnn_init_dropout_state.default: recurrent.dropout_state,
+            aten._cudnn_rnn.default: functools.partial(recurrent.forward_outputs, kernels.architecture),
+            aten._cudnn_rnn_backward.default: recurrent.backward_outputs,
+        }
         self._main = threading.get_ident()
         self.in_optimizer = False
         """Whether an optimizer takes its step: what it reads scales its update, and no size follows from it."""
@@ -104,7 +113,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if _is_composite(func):  # reached undecomposed, as in inference mode: its parts are what a kernel serves
             with self:
-                return func.decompose(*args, **kwargs)
+                return recurrent.ROUTES.get(func, func.decompose)(*args, **kwargs)
+        if func is _PACK:
+            with self:
+                return packing.pack_padded_sequence(*args)
         if func in _READS:
             known = values.value_of(args[0])
             if known is not None:
@@ -119,9 +131,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _ZERO.get(args[0].dtype, 0.0)
         if func is aten.add.Tensor and self._accumulates_in_place(args):
             return args[0]
-        if func is aten.index_put.default and len(args) > 3 and args[3] and self._is_engine():
-            # ``index_backward`` (torch/csrc/autograd/FunctionsManual.cpp) writes into its zeros, though not into a
-            # subclass's.
+        if self._writes_in_place(func, args):
             self._record(func, args, kwargs, args[0])
             return args[0]
         repeated = repeats.described(func, args, kwargs)
@@ -136,7 +146,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if real is values.UNKNOWN:
             values.forget_mutated(func, args, kwargs)
         try:
-            outputs = _grouped_mm(func, args, kwargs) if func is _GROUPED_MM else func(*args, **kwargs)
+            shape = self._shape_functions.get(func)
+            outputs = shape(*args, **kwargs) if shape is not None else func(*args, **kwargs)
         except torch._subclasses.fake_tensor.DynamicOutputShapeException as error:
             if real is not values.UNKNOWN:
                 outputs = torch.utils._pytree.tree_map(lambda item: torch.empty_like(item, device=args[0].device), real)
@@ -185,10 +196,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             steps = list(self.kernels.of_call(Call(packet, args, kwargs, sizes)))
             if seen is not None:
                 seen.sizes, seen.steps = sizes, steps
+        formula: Formula | None = None
         for kind, value in itertools.chain(steps, self.kernels.of_handles(packet, self._thread())):
             if kind == "output":
                 assert isinstance(value, int)
-                self._birth(*born[value], name, owner)
+                self._birth(*born[value], name, owner, formula)
+                formula = None
+            elif kind == "size":
+                assert isinstance(value, Formula)
+                formula = value
             elif kind == "free":
                 trace.free(temporaries.pop())
             elif kind == "doubt":
@@ -223,6 +239,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             and torch._C._storage_Use_Count(first.untyped_storage()._cdata) <= _ENGINE_STORAGE_REFERENCES
         )
 
+    def _writes_in_place(self, func: Any, args: Any) -> bool:
+        """Whether these are zeros that the engine writes a gradient into, though not into a subclass's:
+        ``index_backward`` in torch/csrc/autograd/FunctionsManual.cpp, ``index_select_backward_symint`` in
+        aten/src/ATen/native/TensorAdvancedIndexing.cpp (recorded trace of lstm-tagger)."""
+        accumulates = func is aten.index_put.default and len(args) > 3 and args[3]
+        return bool(accumulates or func is aten.index_add.default) and self._is_engine()
+
     def _is_engine(self) -> bool:
         """Whether the autograd engine itself asked: from its own thread, with no Python below but torch's."""
         if threading.get_ident() == self._main or torch.is_grad_enabled():
@@ -242,9 +265,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = self._live.get(tensor.untyped_storage()._cdata)
         return None if found is None else found[1]
 
-    def _birth(self, storage: torch.UntypedStorage, size: int, name: str, owner: int) -> None:
+    def _birth(self, storage: torch.UntypedStorage, size: int, name: str, owner: int, formula: Formula | None) -> None:
         key = storage._cdata
-        block = self.trace.allocate(size, name, owner)
+        block = self.trace.allocate(formula or size, name, owner)
 
         def died(_: object) -> None:
             self._live.pop(key, None)

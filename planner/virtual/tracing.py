@@ -15,13 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from planner.errors import InvalidSpec
 from planner.specs.model import Spec
 from planner.specs.variants import Compile, Variant
-from planner.virtual import attention, autocast, backend, recurrent
+from planner.virtual import attention, autocast, backend, composites, packing, recurrent
 from planner.virtual.architecture import Architecture
 from planner.virtual.indices import IndexOutOfRange
 from planner.virtual.kernels import Kernels
 from planner.virtual.recorder import Recorder
 from planner.virtual.steady import repeat_last_step
-from planner.virtual.trace import Doubt, Formula, Purpose, Trace
+from planner.virtual.trace import Purpose, Trace
 
 if TYPE_CHECKING:
     from planner.training import Training
@@ -37,7 +37,9 @@ def prepare(architecture: Architecture) -> torch.device:
     torch._C._set_only_lift_cpu_tensors(True)
     autocast.install(_note_cast)
     attention.install(architecture)
-    recurrent.install(_note_doubt)
+    recurrent.install()
+    packing.install()
+    composites.install()
     _show_values_to_transformers()
     return device
 
@@ -133,11 +135,6 @@ _recording: list[Recorder] = []
 def _note_cast(cast: torch.Tensor) -> None:
     for recorder in _recording:
         recorder.owners.mark(cast, Purpose.CAST_PARAMETER)
-
-
-def _note_doubt(operator: str, error: Formula) -> None:
-    for recorder in _recording:
-        recorder.trace.doubts.append(Doubt(operator, error, modelled=False))
 
 
 def _show_values_to_transformers() -> None:

@@ -1,0 +1,50 @@
+"""Work that is done before it is needed, one piece after another, beside what the caller does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
+
+
+class Ahead(Generic[Key, Result]):
+    """Works the pieces that it is given in their order, in a thread of its own. Leaving it begins no further piece."""
+
+    def __init__(self) -> None:
+        self._futures: dict[Key, Future[Result]] = {}
+        self.is_over = False
+
+    def begin(self, pieces: Mapping[Key, Callable[[], Result]]) -> None:
+        """To be called once."""
+        self._futures = {key: Future() for key in pieces}
+        # A daemon: whoever interrupts the caller must not wait for the piece that is worked on.
+        threading.Thread(target=self._work, args=(dict(pieces),), name="ahead", daemon=True).start()
+
+    def has(self, key: Key) -> bool:
+        return key in self._futures
+
+    def take(self, key: Key) -> Result:
+        """Wait for a piece's result. Raises what the piece raised."""
+        return self._futures[key].result()
+
+    def _work(self, pieces: Mapping[Key, Callable[[], Result]]) -> None:
+        for key, work in pieces.items():
+            if self.is_over:
+                return
+            try:
+                self._futures[key].set_result(work())
+            except BaseException as error:  # noqa: BLE001 - it belongs to whoever takes the result
+                self._futures[key].set_exception(error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.is_over = True
