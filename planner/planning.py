@@ -7,116 +7,50 @@ its variant ends, so an interruption loses nothing: the next sweep reads back wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from planner.ahead import Ahead
+from planner.choices import (
+    TIMED_STEPS,
+    accumulate,
+    accumulation_details,
+    beyond_largest,
+    bytes_per_sample,
+    leak_details,
+    suspects,
+)
 from planner.devices import Device, Explainer, TrialRunner
 from planner.errors import DeviceError, InvalidArgument, InvalidInput, InvalidSpec, PlannerError
+from planner.evidence import PlanStore
 from planner.progress import (
     Listener,
     Progress,
     SweepFinished,
     SweepStarted,
-    TrialFinished,
-    TrialStarted,
     VariantFinished,
     VariantStarted,
 )
-from planner.search import Ask, Search, SearchResult
-from planner.specs.model import Spec
+from planner.search import LIMIT, Ask, Search, SearchResult, contradiction_notes, contradictions
+from planner.specs.model import SearchSpec, Spec
 from planner.specs.variants import Checkpointing, Variant
+from planner.throughput import Accumulation, accumulations
+from planner.trial_log import Stopped, TrialLog, Unanswered, device_errors
 from planner.trials import Environment, Outcome, Plan, PlanStatus, Source, Trial
 
 _FIRST_PREDICTED = 8
 """Where a search on the virtual GPU begins: sizes up to 5 cost a trace each, others only a replay."""
 _LOOK_BEYOND = 2
 """Sizes above the first out of memory that a search on the virtual GPU tries too: each costs a replay."""
-_MOST_SUSPECTS = 2
-
-
-class StoredTrial(Protocol):
-    """A trial as a store gives it back, with what it was run on."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def environment(self) -> Environment: ...
-    @property
-    def capacity_bytes(self) -> int: ...
-    @property
-    def trial(self) -> Trial: ...
-
-
-class PlanStore(Protocol):
-    """What planning asks of a store; ``planner.store.Store`` is one."""
-
-    def find_plan(
-        self,
-        spec_hash: str,
-        variant: Variant,
-        environment_key: str,
-        capacity_bytes: int,
-        batch_size: int | None = None,
-        question: Mapping[str, Any] | None = None,
-    ) -> Plan | None: ...
-
-    def find_trials(
-        self,
-        spec_hash: str,
-        variant: Variant,
-        gpu: str | None = None,
-        environment_key: str | None = None,
-        source: Source | None = None,
-    ) -> Sequence[StoredTrial]: ...
-
-    def add_trial(
-        self,
-        spec: Spec,
-        variant: Variant,
-        environment: Environment,
-        capacity_bytes: int,
-        trial: Trial,
-        worker: str | None = None,
-    ) -> str: ...
-
-    def add_plan(self, spec: Spec, plan: Plan, trial_ids: Sequence[str]) -> str: ...
 
 
 class TrialFailed(PlannerError):
     """A trial ended twice for another reason than memory: the ``error`` of a failed plan, never raised."""
 
     code = "trial_failed"
-
-
-class _Stopped(Exception):
-    """``should_stop`` said so between two trials."""
-
-
-class _Unanswered(Exception):
-    """The device gave this variant up; errors of the store and of the listener are not the variant's."""
-
-    def __init__(self, error: PlannerError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-@contextlib.contextmanager
-def _device_errors() -> Iterator[None]:
-    """What keeps one variant from running must not stop the others: told apart from what is wrong for all of them."""
-    try:
-        yield
-    except DeviceError:
-        raise
-    except InvalidInput as error:
-        if isinstance(error, InvalidSpec) and (error.field or "").startswith("variants."):
-            raise _Unanswered(error) from error
-        raise
-    except PlannerError as error:
-        raise _Unanswered(error) from error
 
 
 def plan_sweep(
@@ -143,6 +77,7 @@ def plan_sweep(
     """
     if batch_size is not None and batch_size < 1:
         raise InvalidArgument(f"{batch_size} is not a batch size: it must be at least 1", field="batch_size")
+    spec.usable_bytes(device.capacity_bytes)
     variants = spec.variants.product()
     environment = device.environment(spec)
     listener(SweepStarted(variants=variants))
@@ -163,7 +98,7 @@ def plan_sweep(
                     if predict_start is not None and batch_size is None and not ahead.has(variant):
                         work.predict_ahead(predict_start, variants[index:])
                     plan = work.plan(predict_start)
-            except _Stopped:
+            except Stopped:
                 return tuple(plans)
             plans.append(plan)
             listener(VariantFinished(plan=plan, index=index))
@@ -187,11 +122,7 @@ class _VariantWork:
     worker: str | None
     ahead: Ahead[Variant, Plan]
     """Predictions that are made beside the trials of the variants before."""
-    trials: list[Trial] = field(default_factory=list)
-    trial_ids: list[str] = field(default_factory=list)
-    read_back: dict[int, StoredTrial] = field(default_factory=dict)
-    """Stored trials that can stand in for running them again, by batch size."""
-    num_read_back: int = 0
+    log: TrialLog = field(init=False)
     predicted_failure: str | None = None
     """Why the virtual GPU could not answer either: it knows more of an index out of range than a real one tells."""
     predicted_explanation: Mapping[str, Any] | None = None
@@ -199,30 +130,46 @@ class _VariantWork:
     compare_at: int | None = None
     """A batch size of another variant that predictions are made at too, so that the two can be compared."""
 
+    def __post_init__(self) -> None:
+        self.log = TrialLog(
+            self.spec, self.variant, self.environment, self.capacity_bytes, self.store, self.listener, self.should_stop,
+            self.worker,
+        )  # fmt: skip
+
     @property
     def question(self) -> Mapping[str, Any]:
-        """What the spec asks of a search; one batch size is a question of its own."""
-        return self.spec.question() if self.batch_size is None else {}
+        """What the spec asks of a search; of one batch size, whether it fits beside the headroom."""
+        asked = self.spec.question()
+        return asked if self.batch_size is None else {key: asked[key] for key in asked if key == "headroom"}
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What trials may reserve: the capacity without the headroom."""
+        return self.spec.usable_bytes(self.device.capacity_bytes)
 
     @property
     def is_measured(self) -> bool:
         return self.environment.source is Source.MEASURED
 
     def stored_plan(self) -> Plan | None:
-        if self.store is None or self.fresh:
-            return None
-        plan = self.store.find_plan(
-            self.spec.hash, self.variant, self.environment.key(), self.device.capacity_bytes, self.batch_size,
-            self.question,
-        )  # fmt: skip
+        plan = self._find_plan({key: self.question[key] for key in self.question if key != "speed"})
+        plan = plan or self._find_plan(self.question)  # one that says more answers too
         # The label is the asker's: it is no part of what is trained. So is what a limit stands for.
         return plan and self._marked(replace(plan, stored=True, spec_name=self.spec.name))
 
+    def _find_plan(self, question: Mapping[str, Any]) -> Plan | None:
+        if self.store is None or self.fresh:
+            return None
+        return self.store.find_plan(
+            self.spec.hash, self.variant, self.environment.key(), self.device.capacity_bytes, self.batch_size, question
+        )
+
     def plan(self, predict_start: Device | None) -> Plan:
-        self._read_trials_back()
+        if not self.fresh:
+            self.log.read_back()
         try:
-            with _device_errors():
-                opened = self.device.open(self.spec, self.variant)
+            with device_errors():
+                opened = self._open(self.spec)
             with opened as runner:
                 if self.batch_size is not None:
                     plan = self._plan_one(runner, self.batch_size, predict_start)
@@ -231,14 +178,14 @@ class _VariantWork:
                 plan = self._explained(plan, runner)
             if self.is_measured:
                 plan = self._explained_by_prediction(plan, predict_start)
-        except _Unanswered as unanswered:
+        except Unanswered as unanswered:
             plan = self._unanswered(unanswered.error)
-        if self.num_read_back:
-            note = f"{self.num_read_back} of {len(self.trials)} trials had been stored by an earlier run"
+        if self.log.num_read_back:
+            note = f"{self.log.num_read_back} of {len(self.log.trials)} trials had been stored by an earlier run"
             plan = replace(plan, notes=(*plan.notes, note))
         plan = self._marked(plan)
         if self.store is not None:
-            plan = replace(plan, id=self.store.add_plan(self.spec, plan, self.trial_ids))
+            plan = replace(plan, id=self.store.add_plan(self.spec, plan, self.log.ids))
         return plan
 
     def _marked(self, plan: Plan) -> Plan:
@@ -248,17 +195,6 @@ class _VariantWork:
             return plan
         notes = (note for note in plan.notes if not limit.is_note(note))
         return replace(plan, notes=(limit.note, *notes), details={**plan.details, "limit": limit.as_dict()})
-
-    def _read_trials_back(self) -> None:
-        if self.store is None or self.fresh:
-            return
-        found = self.store.find_trials(
-            self.spec.hash, self.variant, gpu=self.environment.gpu, environment_key=self.environment.key()
-        )
-        for stored in reversed(found):  # newest first: the newest stays
-            usable = stored.trial.outcome is not Outcome.FAILED and (stored.trial.fresh_process or not self.is_measured)
-            if usable and stored.capacity_bytes == self.device.capacity_bytes:
-                self.read_back[stored.trial.batch_size] = stored
 
     def predict_ahead(self, predictor: Device, variants: Sequence[Variant]) -> None:
         """Have all of these variants predicted, this one first, while the first trials run."""
@@ -293,40 +229,119 @@ class _VariantWork:
         self.predicted_explanation = plan.details.get("explanation")
         return plan if plan.status is PlanStatus.PLANNED else None
 
+    def _open(self, spec: Spec) -> TrialRunner:
+        return self.device.open(spec, self.variant, capacity_bytes=self.capacity_bytes)
+
     def _plan_search(self, runner: TrialRunner, predicted: Plan | None) -> Plan:
-        search = Search(
-            start=self._start(predicted),
-            suspects=_suspects(predicted),
-            look_beyond=0 if self.is_measured else _LOOK_BEYOND,
-            confirm_fresh=self.is_measured,
-            capacity_bytes=self.device.capacity_bytes,
-            bytes_per_sample=_bytes_per_sample(predicted),
-        )
-        while (ask := search.ask()) is not None:
-            search.tell(self._run(runner, ask))
-        result = search.result()
+        constraints, start = self.spec.search, predicted.max_batch_size if predicted else None
+        details: dict[str, Any] = {}
+        if constraints.is_constrained and (free := self._unconstrained(runner, predicted)):
+            details["unconstrained"] = free
+            start = free["max_batch_size"] if start is None and not constraints.headroom.of(1) else start
+        result = self._search(runner, constraints, start, predicted)
         if result.failure is not None:
             return self._failed(result.failure, result.notes)
         self._compare(runner, result)
+        notes = [*_notes_of(result.trials), *result.notes]
+        if self.is_measured and result.best is not None:
+            found, said = beyond_largest(
+                partial(self._run_extra, runner, result), self.log.trials, result.best,
+                capacity_bytes=self.capacity_bytes, multiple_of=constraints.multiple_of, speed=constraints.speed,
+            )  # fmt: skip
+            details |= found
+            notes += said
+        if self.spec.train.global_batch_size is not None:
+            details["accumulation"] = self._accumulated(runner, result, self.spec.train.global_batch_size)
+        if below := contradictions(self.log.trials, result.max_batch_size or 0):
+            details["not_monotone"] = {"oom_below": list(below)}
+            notes += contradiction_notes(self.log.trials, below)
         plan = self._answer(
             result.best,
-            [*_notes_of(result.trials), *result.notes],
+            notes,
             max_batch_size=result.max_batch_size,
             first_oom_batch_size=result.first_oom_batch_size,
-            certified=self._is_certified(result),
+            certified=self._is_certified(result) and "leak" not in details,
+            details=details,
         )
         return replace(plan, predicted_max_batch_size=predicted.max_batch_size if predicted else None)
 
-    def _start(self, predicted: Plan | None) -> int | None:
-        if predicted is not None:
-            return predicted.max_batch_size
-        return None if self.is_measured else _FIRST_PREDICTED
+    def _search(
+        self, runner: TrialRunner, constraints: SearchSpec, start: int | None, predicted: Plan | None = None
+    ) -> SearchResult:
+        limit = constraints.max_batch_size
+        if start is None and not self.is_measured:
+            start = _FIRST_PREDICTED
+        search = Search(
+            start=start,
+            limit=LIMIT if limit is None else limit,
+            limit_name=None if limit is None else "search.max_batch_size",
+            multiple_of=constraints.multiple_of,
+            suspects=suspects(predicted),
+            look_beyond=0 if self.is_measured else _LOOK_BEYOND,
+            confirm_fresh=self.is_measured,
+            capacity_bytes=self.capacity_bytes,
+            bytes_per_sample=bytes_per_sample(predicted),
+        )
+        while (ask := search.ask()) is not None:
+            search.tell(self.log.run(runner, ask))
+        return search.result()
+
+    def _unconstrained(self, runner: TrialRunner, predicted: Plan | None) -> dict[str, Any] | None:
+        """The largest batch size without the constraints, to tell what they cost: stored, or else predicted."""
+        plain = replace(
+            self.spec, search=SearchSpec(speed=False), train=replace(self.spec.train, global_batch_size=None)
+        )
+        work = replace(self, spec=plain, listener=_nobody, compare_at=None)
+        known = work.stored_plan()
+        if known is None and self.is_measured:
+            return predicted.details.get("unconstrained") if predicted else None
+        if known is None and not self.spec.search.headroom.of(1):
+            found = self._search(runner, SearchSpec(), None).max_batch_size
+            return None if found is None else {"max_batch_size": found, "source": str(Source.PREDICTED)}
+        known = known or work.plan(None)
+        if known.max_batch_size is None:
+            return None
+        return {"max_batch_size": known.max_batch_size, "source": str(known.source)}
+
+    def _run_extra(self, runner: TrialRunner, result: SearchResult, size: int, fresh: bool, left: int) -> Trial:
+        low, high = result.max_batch_size or 0, result.first_oom_batch_size
+        return self.log.run(runner, Ask(batch_size=size, fresh=fresh, low=low, high=high, remaining_trials=left))
+
+    def _accumulated(self, runner: TrialRunner, result: SearchResult, target: int) -> dict[str, Any]:
+        """How ``target`` samples make one optimizer step, from trials that accumulate: gradients then stay allocated
+        during the forward pass, so that a size which fits without accumulation may not fit with it."""
+        train = self.spec.train
+        ways = accumulations(
+            target, result.max_batch_size or 0, gpus=self.variant.gpus, multiple_of=self.spec.search.multiple_of,
+            steps=train.accumulation_steps if train.accumulation_steps > 1 else None,
+        )  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            runners = {train.accumulation_steps: (self.spec, runner)}
+
+            def run(way: Accumulation, left: int) -> Trial:
+                steps = way.accumulation_steps if train.step is None else 1  # train.step accumulates itself
+                steps = steps if steps in runners else min(steps, TIMED_STEPS if self.is_measured else 2)
+                if steps not in runners:
+                    spec = replace(self.spec, train=replace(train, accumulation_steps=steps))
+                    runners[steps] = spec, stack.enter_context(self._open(spec))
+                spec, accumulating = runners[steps]
+                ask = Ask(
+                    batch_size=way.micro_batch_size, fresh=self.is_measured, low=result.max_batch_size or 0,
+                    high=result.first_oom_batch_size, remaining_trials=left,
+                )  # fmt: skip
+                return self.log.run(accumulating, ask, spec)
+
+            try:
+                found = accumulate(run, ways, is_measured=self.is_measured)
+            except Unanswered as unanswered:  # the answer to the search stands
+                return {"global_batch_size": target, "micro_batch_size": None, "error": unanswered.error.as_dict()}
+        return accumulation_details(target, found)
 
     def _explained(self, plan: Plan, runner: TrialRunner) -> Plan:
         """The plan with what takes the memory, where the device can say: at the plan's size, else of one sample."""
         if plan.status is not PlanStatus.PLANNED or not isinstance(runner, Explainer):
             return plan
-        with _device_errors():
+        with device_errors():
             explanation = runner.explain(_explained_size(plan))
         return replace(plan, details={**plan.details, "explanation": explanation})
 
@@ -338,9 +353,9 @@ class _VariantWork:
         if known is not None and known["batch_size"] == _explained_size(plan):
             return replace(plan, details={**plan.details, "explanation": known})
         try:
-            with predictor.open(self.spec, self.variant) as runner:
+            with predictor.open(self.spec, self.variant, capacity_bytes=self.capacity_bytes) as runner:
                 return self._explained(plan, runner)
-        except (PlannerError, _Unanswered):
+        except (PlannerError, Unanswered):
             return plan  # the answer itself was measured
 
     def _compare(self, runner: TrialRunner, result: SearchResult) -> None:
@@ -349,49 +364,26 @@ class _VariantWork:
         if self.is_measured or not size or size > largest or size in {trial.batch_size for trial in result.trials}:
             return
         high = result.first_oom_batch_size
-        self._run(runner, Ask(batch_size=size, fresh=False, low=largest, high=high, remaining_trials=1))
+        self.log.run(runner, Ask(batch_size=size, fresh=False, low=largest, high=high, remaining_trials=1))
 
     def _plan_one(self, runner: TrialRunner, batch_size: int, predictor: Device | None) -> Plan:
         ask = Ask(batch_size=batch_size, fresh=self.is_measured, low=0, high=None, remaining_trials=1)
-        trial = self._run(runner, ask)
+        trial = self.log.run(runner, ask)
         if trial.outcome is Outcome.FAILED:
-            trial = self._run(runner, ask)
+            trial = self.log.run(runner, ask)
         if trial.outcome is Outcome.FAILED:
             self._predicted(predictor)
             return self._failed(trial, ())
-        return self._answer(trial, _notes_of([trial]), batch_size=batch_size, fits=trial.fits)
-
-    def _run(self, runner: TrialRunner, ask: Ask) -> Trial:
-        """One trial, run or read back; told to the listener, and stored before anything else can happen."""
-        stored = self.read_back.pop(ask.batch_size, None)
-        if stored is not None:
-            self.num_read_back += 1
-            self.trials.append(stored.trial)
-            self.trial_ids.append(stored.id)
-            self.listener(TrialFinished(variant=self.variant, trial=stored.trial))
-            return stored.trial
-        if self.should_stop():
-            raise _Stopped
-        self.listener(
-            TrialStarted(
-                variant=self.variant, batch_size=ask.batch_size, low=ask.low, high=ask.high,
-                remaining_trials=ask.remaining_trials, fresh=ask.fresh,
-            )
-        )  # fmt: skip
-        with _device_errors():
-            trial = runner.run(ask.batch_size, fresh=ask.fresh)
-        self.trials.append(trial)
-        if self.store is not None:
-            self.trial_ids.append(
-                self.store.add_trial(
-                    self.spec, self.variant, self.environment, self.device.capacity_bytes, trial, self.worker
-                )
-            )
-        self.listener(TrialFinished(variant=self.variant, trial=trial))
-        return trial
+        details, notes = leak_details(trial, self.capacity_bytes)
+        notes = [*_notes_of([trial]), *notes]
+        return self._answer(trial, notes, batch_size=batch_size, fits=trial.fits, details=details)
 
     def _is_certified(self, result: SearchResult) -> bool:
         return result.certified and all(trial.source is Source.MEASURED for trial in result.trials)
+
+    def _headroom(self) -> dict[str, Any]:
+        kept = self.device.capacity_bytes - self.capacity_bytes
+        return {"headroom": {"bytes": kept, "usable_bytes": self.capacity_bytes}} if kept else {}
 
     def _base(self) -> Plan:
         return Plan(
@@ -404,7 +396,8 @@ class _VariantWork:
             source=self.environment.source,
             batch_size=self.batch_size,
             question=self.question,
-            trials=tuple(self.trials),
+            details=self._headroom(),
+            trials=tuple(self.log.trials),
             worker=self.worker,
             created_at=datetime.now(UTC),
         )
@@ -419,6 +412,7 @@ class _VariantWork:
         certified: bool = False,
         batch_size: int | None = None,
         fits: bool | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> Plan:
         """The plan whose figures are those of ``best``; ``None`` when not even one sample fits."""
         return replace(
@@ -433,6 +427,7 @@ class _VariantWork:
             step_time_s=best.step_time_s if best else None,
             num_alloc_retries=best.num_alloc_retries if best else 0,
             notes=tuple(dict.fromkeys(notes)),
+            details={**self._headroom(), **(details or {})},
         )
 
     def _failed(self, failure: Trial, notes: Sequence[str]) -> Plan:
@@ -452,29 +447,6 @@ def _size_without_checkpointing(variant: Variant, plans: Sequence[Plan]) -> int 
     """The largest batch size of the same variant without checkpointing, where that is planned already."""
     plain = replace(variant, checkpointing=Checkpointing.NONE)
     return next((plan.max_batch_size for plan in plans if plan.variant == plain != variant), None)
-
-
-def _bytes_per_sample(predicted: Plan | None) -> float | None:
-    """By how much the prediction's allocated bytes grow with the batch size near its answer."""
-    fits = sorted(
-        (trial.batch_size, trial.peaks.allocated_bytes) for trial in (predicted.trials if predicted else ())
-        if trial.fits and trial.peaks is not None
-    )  # fmt: skip
-    if not fits:
-        return None
-    top, most = fits[-1]
-    below = [pair for pair in fits if 1.1 * pair[0] <= top]
-    return (most - below[-1][1]) / (top - below[-1][0]) if below else None
-
-
-def _suspects(predicted: Plan | None) -> tuple[int, ...]:
-    """Sizes below the predicted answer that are predicted to run out of memory: worth a trial each."""
-    if predicted is None or not predicted.max_batch_size:
-        return ()
-    below = [
-        trial.batch_size for trial in predicted.trials if trial.batch_size < predicted.max_batch_size and not trial.fits
-    ]
-    return tuple(sorted(set(below)))[-_MOST_SUSPECTS:]
 
 
 def _explained_size(plan: Plan) -> int:

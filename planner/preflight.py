@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from planner.devices import Device
+from planner.endurance import leak_of
 from planner.errors import InvalidArgument
+from planner.evidence import PlanStore, StoredTrial
 from planner.gpus import Gpu, find_gpu
-from planner.planning import PlanStore, StoredTrial
 from planner.processes import ChildError
 from planner.selection import usable_capacity
 from planner.specs.model import Spec
@@ -45,15 +46,18 @@ def preflight(
         raise InvalidArgument(f"{batch_size} is not a batch size: it must be at least 1", field="batch_size")
     kind = find_gpu(gpu)
     capacity, notes = usable_capacity(kind, capacity_bytes, real=False)
-    device = make_predictor(kind, capacity)
+    usable = spec.usable_bytes(capacity)
+    if usable < capacity:
+        notes = (*notes, f"{format_bytes(usable)} of {format_bytes(capacity)} may be used beside search.headroom")
+    device = make_predictor(kind, usable)
     here = device.environment(spec)
     verdicts = []
     for variant in spec.variants.product():
         stored = _stored(store, spec, variant, kind)
         comparable = [found for found in stored if not differences(found.environment, here)]
-        decided = judge_measured(variant, comparable, batch_size, capacity)
+        decided = judge_measured(variant, comparable, batch_size, usable)
         if decided is None:
-            near = near_matches([found for found in stored if found not in comparable], here, batch_size, capacity)
+            near = near_matches([found for found in stored if found not in comparable], here, batch_size, usable)
             decided = _predict(device, spec, variant, batch_size, near)
         verdicts.append(decided)
     return Verdict(
@@ -175,8 +179,15 @@ def _stored(store: PlanStore | None, spec: Spec, variant: Variant, gpu: Gpu) -> 
     if store is None:
         return []
     found = store.find_trials(spec.hash, variant, gpu=gpu.name, source=Source.MEASURED)
-    # What ran in a process whose GPU had been used before says less than what a new run will see.
-    return [stored for stored in found if stored.trial.fresh_process and stored.trial.outcome is not Outcome.FAILED]
+    # What ran in a process whose GPU had been used before says less than what a new run will see, and what leaks says
+    # only that a few steps fit.
+    return [
+        stored
+        for stored in found
+        if stored.trial.fresh_process
+        and stored.trial.outcome is not Outcome.FAILED
+        and leak_of(stored.trial, stored.capacity_bytes) is None
+    ]
 
 
 def _predict(device: Device, spec: Spec, variant: Variant, batch_size: int, near: Sequence[str]) -> VariantVerdict:

@@ -6,16 +6,24 @@ lists and dictionaries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from planner.gpus import Gpu, default_capacity_bytes
+from planner.specs.model import Headroom
 from planner.specs.variants import Checkpointing, Variant
 from planner.trials import Environment, Interval, Peaks, Plan, PlanStatus, Source, Trial
 from planner.units import format_bytes
 from planner.verdicts import VariantVerdict, Verdict
+
+ANSWERS = (
+    "unconstrained", "headroom", "fastest", "knee", "thrashing", "largest_without_thrashing", "leak", "accumulation",
+    "not_monotone", "extra_trials",
+)  # fmt: skip
+"""What a plan's details may answer beside the largest batch size (``planner.choices``); ``null`` where there is
+nothing to say."""
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
@@ -45,6 +53,8 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "num_trials": len(plan.trials),
         "trials": [trial_dict(trial) for trial in plan.trials],
         "explanation": plan.details.get("explanation"),
+        "question": dict(plan.question),
+        **{name: plan.details.get(name) for name in ANSWERS},
         "notes": list(plan.notes),
         "error": None if plan.error is None else dict(plan.error),
         "stored": plan.stored,
@@ -147,13 +157,17 @@ def _time(moment: datetime | None) -> str | None:
 
 
 def summary(plans: Sequence[Plan]) -> list[str]:
-    """One sentence each: the largest, the fastest, and what checkpointing costs and saves. Only what is known."""
+    """One sentence each: the largest, what constraints cost, the fastest, how a global batch size is reached, and what
+    checkpointing costs and saves. Only what is known."""
     answered = [plan for plan in plans if plan.status is PlanStatus.PLANNED and _size(plan)]
     if not answered:
         if any(plan.status is PlanStatus.PLANNED for plan in plans):
             return ["Nothing fits: no variant runs even at the smallest batch size that was asked about."]
         return []
-    return [*_largest(answered), *_fastest(answered), *_checkpointing(plans)]
+    return [
+        *_largest(answered), *_constrained(answered), *_fastest(answered), *_accumulated(answered),
+        *_checkpointing(plans),
+    ]  # fmt: skip
 
 
 def _size(plan: Plan) -> int:
@@ -172,6 +186,53 @@ def _largest(plans: Sequence[Plan]) -> Iterator[str]:
     best = [plan for plan in plans if _size(plan) == most]
     labels = " and ".join(plan.variant.label() for plan in best)
     yield f"Largest batch size: {most} with {labels} ({_word(best)})."
+    for plan in best:
+        if calm := plan.details.get("largest_without_thrashing"):
+            yield f"Without thrashing: {calm['batch_size']} with {plan.variant.label()} ({calm['source']})."
+        if leak := plan.details.get("leak"):
+            label, size = plan.variant.label(), format_bytes(leak["bytes_per_step"])
+            yield f"{label} leaks {size} a step: memory runs out after about {leak['steps_left']} more steps."
+
+
+def _constrained(plans: Sequence[Plan]) -> Iterator[str]:
+    """What the spec's search section costs, in samples."""
+    costs = []
+    for plan in plans:
+        free = plan.details.get("unconstrained")
+        if free and free["max_batch_size"] != plan.max_batch_size:
+            label, most = plan.variant.label(), free["max_batch_size"]
+            costs.append(f"{plan.max_batch_size} in place of {most} ({free['source']}) with {label}")
+    if costs:
+        yield f"With {_constraints(plans[0].question)}: {', '.join(costs)}."
+
+
+def _constraints(question: Mapping[str, Any]) -> str:
+    words = []
+    if "multiple_of" in question:
+        words.append(f"multiples of {question['multiple_of']}")
+    if "max_batch_size" in question:
+        words.append(f"at most {question['max_batch_size']}")
+    if "headroom" in question:
+        words.append(f"a headroom of {Headroom(**question['headroom'])}")
+    return " and ".join(words)
+
+
+def _accumulated(plans: Sequence[Plan]) -> Iterator[str]:
+    answers = [(plan, plan.details["accumulation"]) for plan in plans if "accumulation" in plan.details]
+    reached = [(plan, answer) for plan, answer in answers if answer["micro_batch_size"]]
+    if not answers:
+        return
+    if not reached:
+        yield f"No micro-batch that fits makes exactly {answers[0][1]['global_batch_size']} samples a step."
+        return
+    plan, answer = max(reached, key=lambda pair: (pair[1]["samples_per_second"] or 0.0, pair[1]["micro_batch_size"]))
+    rate = answer["samples_per_second"]
+    speed = f"{rate:.1f} samples per second, measured" if rate else "predicted; its speed is not"
+    gpus = f" on each of {answer['gpus']} GPUs" if answer["gpus"] > 1 else ""
+    yield (
+        f"{answer['global_batch_size']} samples a step: {answer['accumulation_steps']} micro-batches of "
+        f"{answer['micro_batch_size']}{gpus} with {plan.variant.label()} ({speed})."
+    )
 
 
 def _word(plans: Sequence[Plan]) -> str:
@@ -181,16 +242,27 @@ def _word(plans: Sequence[Plan]) -> str:
 
 
 def _fastest(plans: Sequence[Plan]) -> Iterator[str]:
-    timed = [plan for plan in plans if plan.source is Source.MEASURED and plan.samples_per_second is not None]
+    timed = [(plan, *speed) for plan in plans if (speed := _speed(plan))]
     if not timed:
         yield "Fastest: not known; speed is not predicted, only measured on a GPU."
         return
-    best = max(timed, key=lambda plan: plan.samples_per_second or 0.0)
+    best, size, rate = max(timed, key=lambda entry: entry[2])
     untimed = "" if len(timed) == len(plans) else f", of {len(timed)} variants with measured step times"
+    knee = best.details.get("knee")
+    near = f"; {knee['batch_size']} has {knee['share']:.0%} of it" if knee and knee["batch_size"] < size else ""
     yield (
-        f"Fastest: {best.samples_per_second:.1f} samples per second with {best.variant.label()} "
-        f"at batch size {_size(best)} (measured{untimed})."
+        f"Fastest: {rate:.1f} samples per second with {best.variant.label()} at batch size {size} "
+        f"(measured{untimed}){near}."
     )
+
+
+def _speed(plan: Plan) -> tuple[int, float] | None:
+    """The fastest batch size that was timed, and its samples per second."""
+    if plan.source is not Source.MEASURED:
+        return None
+    if fastest := plan.details.get("fastest"):
+        return fastest["batch_size"], fastest["samples_per_second"]
+    return None if plan.samples_per_second is None else (_size(plan), plan.samples_per_second)
 
 
 def _checkpointing(plans: Sequence[Plan]) -> Iterator[str]:

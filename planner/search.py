@@ -10,7 +10,7 @@ store.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from planner.trials import Outcome, Trial
@@ -151,7 +151,7 @@ class Search:
     def result(self) -> SearchResult:
         """The answer so far; the final one once ``ask`` returns ``None``."""
         low, high = self._low, self._high
-        below = tuple(size * self._unit for size, trial in sorted(self._evidence.items()) if self._is_odd(size, trial))
+        below = contradictions(self._trials, low * self._unit)
         notes = list(self._notes(below))
         if self._failure is not None:
             fitted = low * self._unit
@@ -279,28 +279,35 @@ class Search:
         spare = _halvings(high - low) + _SPARE if self._allowance is None else self._allowance
         return spare + confirmations
 
-    def _is_odd(self, size: int, trial: Trial) -> bool:
-        if size >= self._low or trial.fits:
-            return False
-        return not any(other.fits for other in self._trials if other.batch_size == trial.batch_size)
-
     def _notes(self, below: tuple[int, ...]) -> Iterator[str]:
         fits = {trial.batch_size for trial in self._trials if trial.fits}
         ooms = {trial.batch_size for trial in self._trials if trial.outcome is Outcome.OOM}
         for size in sorted(fits & ooms):
             yield f"batch size {size} ran out of memory in one process and fitted in another"
-        for oom in below:
-            fit = min(size for size in fits if size > oom)
-            yield (
-                f"not monotone: batch size {oom} ran out of memory and {fit} fitted; train with a size that ran, since "
-                "any other may run out of memory"
-            )
+        yield from contradiction_notes(self._trials, below)
         if self._low >= self._limit:
             name = f" ({self._limit_name})" if self._limit_name else ""
             yield (
                 f"did not run out of memory up to batch size {self._limit * self._unit}, where the search "
                 f"stops{name}: not certified as the largest"
             )
+
+
+def contradictions(trials: Sequence[Trial], largest: int) -> tuple[int, ...]:
+    """Batch sizes below ``largest`` that ran out of memory whenever they were tried: fitting is not monotone."""
+    fits = {trial.batch_size for trial in trials if trial.fits}
+    ooms = {trial.batch_size for trial in trials if trial.outcome is Outcome.OOM}
+    return tuple(sorted(size for size in ooms - fits if size < largest))
+
+
+def contradiction_notes(trials: Sequence[Trial], below: Sequence[int]) -> Iterator[str]:
+    """A sentence for each size of ``contradictions``."""
+    for oom in below:
+        fit = min(trial.batch_size for trial in trials if trial.fits and trial.batch_size > oom)
+        yield (
+            f"not monotone: batch size {oom} ran out of memory and {fit} fitted; train with a size that ran, since any "
+            "other may run out of memory"
+        )
 
 
 def _halvings(gap: int) -> int:

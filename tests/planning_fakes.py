@@ -126,7 +126,7 @@ class ExplainingDevice(ThresholdDevice):
         super().__init__(largest, **changes)
         self.explained: list[tuple[Variant, int]] = []
 
-    def open(self, spec, variant):
+    def open(self, spec, variant, *, capacity_bytes=None):
         return _ExplainingRunner(self, variant)
 
 

@@ -1,6 +1,7 @@
 """A sweep over a device: what it answers, what it stores and when, and what stops it."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ from planner.errors import (
 from planner.planning import plan_sweep
 from planner.progress import SweepFinished, SweepStarted, TrialFinished, TrialStarted, VariantFinished, VariantStarted
 from planner.reports import plan_dict, summary
+from planner.specs.model import SearchSpec
 from planner.specs.variants import Checkpointing, Precision
 from planner.store import PlanFilter, Store
 from planner.trials import Outcome, PlanStatus, Source
@@ -69,7 +71,7 @@ def test_checkpointing_is_predicted_at_the_largest_size_without_it_too():
     assert (full.max_batch_size, full.trials[-1].batch_size) == (1000, 20)
     assert "of the allocated bytes at batch size 20" in summary([plain, full])[-1]
     measured = ThresholdDevice({FP32: 20, FP32_FULL: 1000})
-    plan_sweep(spec, measured)
+    plan_sweep(replace(spec, search=SearchSpec(speed=False)), measured)
     assert measured.sizes(FP32_FULL)[-1] == 1001
 
 
@@ -120,9 +122,9 @@ class Watched(ThresholdDevice):
         super().__init__(9, **given)
         self.before = before
 
-    def open(self, spec, variant):
+    def open(self, spec, variant, *, capacity_bytes=None):
         self.before(variant)
-        return super().open(spec, variant)
+        return super().open(spec, variant, capacity_bytes=capacity_bytes)
 
 
 def test_later_variants_are_predicted_while_the_first_one_is_measured():
@@ -192,7 +194,7 @@ def test_nothing_fits():
 
 def test_a_right_prediction_makes_two_trials_enough():
     device, virtual = ThresholdDevice(54), ThresholdDevice(54, source=PREDICTED)
-    (plan,) = plan_sweep(make_spec(), device, predict_start=virtual)
+    (plan,) = plan_sweep(make_spec(search=SearchSpec(speed=False)), device, predict_start=virtual)
     assert device.runs == [(FP32, 54, True), (FP32, 55, True)]
     assert plan.certified
     assert plan.predicted_max_batch_size == 54
@@ -230,7 +232,7 @@ def test_a_batch_size_below_one_is_refused_before_anything_runs(size):
 
 def test_events_tell_the_story_in_order():
     events = []
-    plans = plan_sweep(make_spec(*TWO), ThresholdDevice(9), listener=events.append)
+    plans = plan_sweep(make_spec(*TWO, search=SearchSpec(speed=False)), ThresholdDevice(9), listener=events.append)
     assert events[0] == SweepStarted(variants=(FP32, BF16))
     assert events[-1] == SweepFinished(plans=plans)
     assert [event.index for event in events if isinstance(event, VariantStarted)] == [0, 1]

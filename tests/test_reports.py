@@ -139,6 +139,61 @@ def test_the_largest_and_the_fastest():
     assert fastest == "Fastest: 100.0 samples per second with fp32 at batch size 9 (measured)."
 
 
+CONSTRAINED = {"multiple_of": 8, "headroom": {"bytes": 0, "share": 0.05}}
+
+
+def test_what_constraints_cost_is_said_in_samples_with_the_source_of_the_other_figure():
+    unconstrained = {"max_batch_size": 27, "source": "predicted"}
+    plan = make_plan(size=24, question=CONSTRAINED, details={"unconstrained": unconstrained})
+    assert summary([plan])[1] == (
+        "With multiples of 8 and a headroom of 5%: 24 in place of 27 (predicted) with bf16-amp."
+    )
+    assert plan_dict(plan)["question"] == CONSTRAINED
+    assert plan_dict(plan)["unconstrained"] == unconstrained
+    free = make_plan(size=24, details={"unconstrained": {"max_batch_size": 24, "source": "measured"}})
+    assert len(summary([free])) == 2
+    bytes_too = {"max_batch_size": 32, "headroom": {"bytes": 2 * GIB, "share": 0.0}}
+    plan = make_plan(size=24, question=bytes_too, details={"unconstrained": unconstrained})
+    assert summary([plan])[1].startswith("With at most 32 and a headroom of 2.00 GiB: 24 in place of 27")
+
+
+def test_the_fastest_size_may_be_a_smaller_one_and_the_knee_is_named():
+    fastest = {"batch_size": 24, "step_time_s": 0.1, "samples_per_second": 240.0, "source": "measured"}
+    knee = {**fastest, "batch_size": 16, "samples_per_second": 230.0, "share": 0.9583}
+    plans = [make_plan(FP32, 9, step_time_s=0.09), make_plan(BF16, 54, details={"fastest": fastest, "knee": knee})]
+    assert summary(plans)[1] == (
+        "Fastest: 240.0 samples per second with bf16-amp at batch size 24 (measured); 16 has 96% of it."
+    )
+
+
+def test_thrashing_and_leaks_are_said_of_the_largest():
+    calm = {"batch_size": 64, "first_thrashing_batch_size": 65, "source": "measured"}
+    leak = {"batch_size": 77, "bytes_per_step": 12 << 20, "steps_left": 700}
+    lines = summary([make_plan(size=77, details={"largest_without_thrashing": calm, "leak": leak}, certified=False)])
+    assert lines[1] == "Without thrashing: 64 with bf16-amp (measured)."
+    assert lines[2] == "bf16-amp leaks 12.0 MiB a step: memory runs out after about 700 more steps."
+
+
+def test_a_global_batch_size():
+    def answer(size, rate, **changes):
+        return {
+            "global_batch_size": 512, "micro_batch_size": size, "accumulation_steps": size and 512 // size, "gpus": 1,
+            "samples_per_second": rate, **changes,
+        }  # fmt: skip
+
+    slow = make_plan(FP32, 64, details={"accumulation": answer(64, 90.0)})
+    fast = make_plan(BF16, 54, details={"accumulation": answer(32, 158.04)})
+    assert summary([slow, fast])[2] == (
+        "512 samples a step: 16 micro-batches of 32 with bf16-amp (158.0 samples per second, measured)."
+    )
+    several = make_plan(BF16, 54, details={"accumulation": answer(32, None, gpus=2, accumulation_steps=8)})
+    assert (
+        "8 micro-batches of 32 on each of 2 GPUs with bf16-amp (predicted; its speed is not)" in summary([several])[2]
+    )
+    none = make_plan(BF16, 54, details={"accumulation": {"global_batch_size": 511, "micro_batch_size": None}})
+    assert summary([none])[2] == "No micro-batch that fits makes exactly 511 samples a step."
+
+
 def test_a_measured_largest_that_is_not_certified_is_not_called_so():
     (largest, _) = summary([make_plan(certified=False)])
     assert largest.endswith("(measured).")

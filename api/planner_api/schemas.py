@@ -51,6 +51,28 @@ class PlanDocument(BaseModel):
     )
     peak_allocated_bytes: Bytes | None = None
     peak_reserved_bytes: Bytes | None = None
+    unconstrained: dict[str, Any] | None = Field(
+        default=None, description="The largest batch size without the spec's search section, and where it comes from"
+    )
+    headroom: dict[str, Any] | None = Field(default=None, description="Bytes kept free, and what trials could reserve")
+    fastest: dict[str, Any] | None = Field(
+        default=None, description="The timed batch size with most samples per second"
+    )
+    knee: dict[str, Any] | None = Field(default=None, description="The smallest timed one with 95% of that speed")
+    thrashing: dict[str, Any] | None = Field(
+        default=None, description="Of `max_batch_size`, where it fits only by giving memory back in every step"
+    )
+    largest_without_thrashing: dict[str, Any] | None = None
+    leak: dict[str, Any] | None = Field(default=None, description="Allocated bytes that grow with every step")
+    accumulation: dict[str, Any] | None = Field(
+        default=None, description="The micro-batch and accumulation steps that reach `train.global_batch_size` exactly"
+    )
+    not_monotone: dict[str, Any] | None = Field(
+        default=None, description="Batch sizes below `max_batch_size` that ran out of memory"
+    )
+    extra_trials: dict[str, Any] | None = Field(
+        default=None, description="How many trials the answers beside the largest took, and how long"
+    )
     num_trials: int | None = None
     trials: list[Any] | None = None
 

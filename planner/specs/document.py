@@ -126,6 +126,8 @@ def _search_document(search: SearchSpec) -> dict[str, Any]:
         document["headroom"] = f"{search.headroom.share * 100!r}%"
     elif search.headroom.bytes:
         document["headroom"] = search.headroom.bytes
+    if not search.speed:
+        document["speed"] = False
     return document
 
 
@@ -206,7 +208,10 @@ def _variants(section: VariantsSection | None) -> VariantAxes:
 
 def _search(section: SearchSection | None) -> SearchSpec:
     section = section or SearchSection()
-    return SearchSpec(multiple_of=section.multiple_of, max_batch_size=section.max_batch_size, headroom=section.headroom)
+    return SearchSpec(
+        multiple_of=section.multiple_of, max_batch_size=section.max_batch_size, headroom=section.headroom,
+        speed=section.speed,
+    )  # fmt: skip
 
 
 _TRAIN_KEYS = (

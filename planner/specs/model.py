@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from planner.errors import InvalidSpec
 from planner.specs.variants import VariantAxes
+from planner.units import format_bytes
 
 
 class ModelSource(StrEnum):
@@ -134,6 +136,9 @@ class Headroom:
         """Bytes of ``capacity_bytes`` that must stay free."""
         return self.bytes + math.ceil(self.share * capacity_bytes)
 
+    def __str__(self) -> str:
+        return f"{100 * self.share:.6g}%" if self.share else format_bytes(self.bytes)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpec:
@@ -143,6 +148,13 @@ class SearchSpec:
     """Batch sizes that are no multiple of it are not planned."""
     max_batch_size: int | None = None
     headroom: Headroom = Headroom()
+    speed: bool = True
+    """Whether a real GPU also times some smaller sizes, to tell the fastest and the knee."""
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the answer may be smaller than what fits."""
+        return (self.multiple_of, self.max_batch_size, self.headroom) != (1, None, Headroom())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +180,14 @@ class Spec:
                 if work[section][key] == added[key]:
                     del work[section][key]
         return work
+
+    def usable_bytes(self, capacity_bytes: int) -> int:
+        """What trials under ``capacity_bytes`` may reserve, beside the headroom. Raises ``InvalidSpec``."""
+        usable = capacity_bytes - self.search.headroom.of(capacity_bytes)
+        if usable <= 0:
+            kept, capacity = self.search.headroom, format_bytes(capacity_bytes)
+            raise InvalidSpec(f"keeps {kept} of {capacity} free, which leaves nothing", field="search.headroom")
+        return usable
 
     def question(self) -> dict[str, Any]:
         """What is asked of the plan beyond the largest batch size, as JSON data; empty when nothing is."""

@@ -280,6 +280,7 @@ class SearchSection(Section):
     multiple_of: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] = 1
     max_batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] | None = None
     headroom: Annotated[Headroom, BeforeValidator(bytes_or_share)] = Headroom()
+    speed: bool = True
 
 
 ModelSection = TransformersModel | TimmModel | TorchvisionModel | PythonModel
