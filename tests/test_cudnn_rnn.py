@@ -22,6 +22,7 @@ from planner.virtual.cudnn_rnn import (
     reserve_bytes,
     workspace_bytes,
     workspace_bytes_of,
+    workspace_doubt_bytes,
 )
 
 DATA = Path(__file__).parent.parent / "measurements/h200/recurrent.json.gz"
@@ -132,3 +133,14 @@ def test_which_gpus_run_persistent_kernels(
     layers = Layers(Cell.LSTM, 512, 512, 0, 1, 1)
     run = replace(LSTM_LM, layers=layers, dtype="float16", batch=batch, architecture=gpu)
     assert (algorithm(run, forward=True) is Algorithm.PERSIST_STATIC) == persistent
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps_in_doubt"),
+    [({}, 0), ({"steps": 400}, 4 * 144), ({"batch": 20}, 24), ({"batch": 64, "steps": 110}, 24), ({"steps": 512}, 0)],
+)
+def test_what_was_not_asked_is_doubted(changes: dict[str, int], steps_in_doubt: int) -> None:
+    run = replace(LSTM_LM, **{"steps": 100, **changes})
+    assert workspace_doubt_bytes(run, training=True) == steps_in_doubt * run.batch * 512 * 4
+    elsewhere = replace(run, architecture=replace(H200, compute_capability=(8, 0)))
+    assert workspace_doubt_bytes(elsewhere, training=True) == workspace_bytes(elsewhere, training=True)

@@ -164,3 +164,13 @@ linear(torch.randn(4, 6, 32, device=device).transpose(0, 1))
 result = [trace.operators[start:].count("aten::" + name) for name in ("add", "mm", "addmm")]
 """
     assert process.run(code)[0] == 0
+
+
+@pytest.mark.parametrize("precision", ["fp16-amp", "bf16"])
+def test_what_is_scaled_equals_what_is_traced(process: Process, precision: str) -> None:
+    """At batch sizes at which PyTorch asks for a persistent algorithm, and at others."""
+    spec = _spec("lstm-lm")
+    spec["model"]["args"] = {"width": 256, "layers": 1}
+    sizes = [3, 7, 8, 24, 61, 136]
+    found = process.do("scaled_and_traced", spec=spec, variant={"precision": precision}, batch_sizes=sizes)
+    assert found == [{"exact": size <= 5, "same_order": True, "differing": 0} for size in sizes]

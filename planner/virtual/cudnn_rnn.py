@@ -181,7 +181,8 @@ def workspace_bytes(run: Run, *, training: bool, forward: bool = True) -> int:
 def workspace_bytes_of(run: Run, algorithm: Algorithm, *, training: bool) -> int:
     """The same for a given algorithm. In training one answer serves both passes: the larger one.
 
-    In bfloat16 cuDNN answers for every algorithm what it answers for the standard one.
+    In bfloat16 cuDNN answers for every algorithm what it answers for the standard one. At one or two steps
+    ``PERSIST_STATIC`` was seen to take up to 0.8 MB more than this.
     """
     layers, size = run.layers, run.element_bytes
     persistent = algorithm is not Algorithm.STANDARD and run.dtype in ("float16", "float32")
@@ -199,6 +200,23 @@ def workspace_bytes_of(run: Run, algorithm: Algorithm, *, training: bool) -> int
         fixed += _aligned(layers.directions * run.tokens * layers.hidden * size)
     forward = padded + _forward_bytes(run, persistent)
     return fixed + (max(forward, 2 * padded + _backward_bytes(run, persistent)) if training else forward)
+
+
+def workspace_doubt_bytes(run: Run, *, training: bool, forward: bool = True) -> int:
+    """How far ``workspace_bytes`` may be off: all of it where this architecture was not asked, and a part between the
+    batch sizes and steps that were asked, where cuDNN does something else on either side."""
+    if run.architecture.compute_capability != MEASURED_ON:
+        return workspace_bytes(run, training=training, forward=forward)
+    layers = run.layers
+    if layers.directions == 2 or algorithm(run, forward=forward) is not Algorithm.STANDARD:
+        return 0
+    doubt = 0
+    if GATE_STEPS < run.steps < 512:
+        doubt += layers.gates * (run.steps - GATE_STEPS)
+    between = any(low < run.batch < high for low, high in ((8, 12), (16, 24), (96, 100)))
+    if training and layers.num_layers > 1 and (between or (run.batch > 16 and 100 < run.steps < 128)):
+        doubt += 8 * (layers.num_layers + 1)
+    return doubt * run.batch * layers.hidden * run.element_bytes
 
 
 def _forward_bytes(run: Run, persistent: bool) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from planner.virtual.architecture import Architecture
-from planner.virtual.cudnn_rnn import MEASURED_ON, Run, reserve_bytes, workspace_bytes
+from planner.virtual.cudnn_rnn import Run, reserve_bytes, workspace_bytes, workspace_doubt_bytes
 from planner.virtual.recurrent import run_of
 from planner.virtual.trace import Formula
 
@@ -76,11 +76,8 @@ def backward(call: Call, architecture: Architecture) -> Iterator[Step]:
 
 
 def _workspace(run: Run, *, training: bool, forward: bool) -> Iterator[Step]:
-    """On an architecture where cuDNN was never asked, it may also be twice the size, or none."""
-    size = _formula(partial(workspace_bytes, training=training, forward=forward), run)
-    yield "temporary", size
-    if run.architecture.compute_capability != MEASURED_ON:
-        yield "doubt", size
+    yield "temporary", _formula(partial(workspace_bytes, training=training, forward=forward), run)
+    yield "doubt", _formula(partial(workspace_doubt_bytes, training=training, forward=forward), run)
 
 
 def _formula(size_of: Callable[[Run], int], run: Run) -> Formula:
