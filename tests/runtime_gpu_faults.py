@@ -69,6 +69,23 @@ def full_device(model, x):
     return torch.fft.fft(x[:, :63]).real.mean()
 
 
+STRANGER = """
+import ctypes, time
+cuda, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+assert cuda.cuInit(0) == 0 and cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
+print("here", flush=True)
+time.sleep(600)
+"""
+
+
+def stranger(model, x):
+    """Another process takes the GPU in the middle of the trial."""
+    other = subprocess.Popen([sys.executable, "-c", STRANGER], stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"here\n"
+    model.stranger = other
+    return 0
+
+
 FAULTS = {
     101: device_side_assert,
     102: illegal_address,
@@ -80,4 +97,5 @@ FAULTS = {
     108: chatter,
     109: leave_a_child,
     110: full_device,
+    111: stranger,
 }

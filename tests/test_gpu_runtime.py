@@ -169,6 +169,13 @@ def test_what_a_model_leaves_running_is_gone_with_its_trial(faulty):
     assert all(gone(pid) for pid in left)
 
 
+def test_a_trial_beside_somebody_else_does_not_count(faulty):
+    trial = faulty.run(111, fresh=True)
+    assert trial.outcome is Outcome.FAILED
+    assert "other processes came to the GPU during the trial" in trial.error
+    assert faulty.run(8).fits
+
+
 def test_a_librarys_status_on_a_full_device_is_out_of_memory(faulty):
     trial = faulty.run(110, fresh=True)
     assert trial.outcome is Outcome.OOM, trial

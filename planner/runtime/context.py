@@ -27,6 +27,8 @@ class Context:
     """What else of this machine can change a trial: versions of libraries and how the card is set up."""
     pids: tuple[int, ...]
     """By which ids the driver lists this process: not this process's own in every container; empty in some."""
+    others: tuple[int, ...]
+    """Processes that were there before."""
     _held_by_model: tuple[int, int] | None = None
     """Bytes allocated and reserved once the first trial's model had been moved."""
 
@@ -51,12 +53,17 @@ class Context:
             used_before_bytes=used_before_bytes,
             system={**_libraries(device), **asdict(card.settings())},
             pids=tuple(pid for pid in card.compute_processes() if pid not in others),
+            others=tuple(others),
         )
 
     def begin(self) -> None:
         """Count peaks and retries from here on."""
         torch.cuda.reset_peak_memory_stats(self.device)
         torch.cuda.reset_accumulated_memory_stats(self.device)
+
+    def strangers(self, card: Card) -> tuple[int, ...]:
+        """Processes that came to the GPU since: what is measured beside them is not the trial's own."""
+        return tuple(sorted({*card.compute_processes()} - {*self.pids, *self.others}))
 
     def moved(self) -> None:
         """The model, and what goes with it, is on the device; nothing was trained yet."""

@@ -125,6 +125,9 @@ class TrialProcess:
             spec = replace(self._spec, train=replace(self._spec.train, accumulation_steps=accumulation_steps))
             outcome, words = self._attempt(spec, chosen, batch_size, context, card, record)
             record.device_bytes = max(record.device_bytes, card.used_bytes())
+            if outcome is not Outcome.FAILED and (strangers := context.strangers(card)):
+                listed = ", ".join(map(str, strangers))
+                outcome, words = Outcome.FAILED, f"other processes came to the GPU during the trial ({listed})"
             result = {
                 "outcome": str(outcome),
                 "error": words,
