@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import unittest.mock
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from planner.virtual.explanation import explain
 from planner.virtual.kernels import Kernels
 from planner.virtual.recorder import Recorder
 from planner.virtual.scaling import Scaled, TraceFamily
+from planner.virtual.snapshot import snapshot_file
 from planner.virtual.trace import Trace
 from planner.virtual.tracing import prepare, trace_steps
 
@@ -144,6 +146,15 @@ def explained(*, spec: Any, variant: Any, batch_size: int) -> dict[str, Any]:
     return {"value": {"explanation": explanation, "peaks": peaks}}
 
 
+def snapshot(*, spec: Any, variant: Any, batch_size: int, path: str) -> dict[str, Any]:
+    """Write a snapshot of one batch size to ``path``; the peaks that it must be of."""
+    scaled = _family(spec, variant).scaled(batch_size)
+    sizes = {"capacity_bytes": H200_BYTES, "device_total_bytes": H200_BYTES}
+    Path(path).write_bytes(snapshot_file(scaled, batch_size, config=AllocatorConfig(), **sizes))
+    result = _replayed(scaled, H200_BYTES)
+    return {"value": [result.peak_allocated_bytes, result.peak_reserved_bytes]}
+
+
 def _replayed(scaled: Scaled, capacity_bytes: int | None) -> Any:
     return replay(scaled.events, AllocatorConfig(), capacity_bytes, device_total_bytes=H200_BYTES)
 
@@ -171,5 +182,5 @@ def _peak(trace: Trace) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.setrecursionlimit(10_000)
-    handlers = (traced, copied_and_run, peaks, fits, scaled_and_traced, explained, run)
+    handlers = (traced, copied_and_run, peaks, fits, scaled_and_traced, explained, snapshot, run)
     serve({handler.__name__: handler for handler in handlers})

@@ -11,6 +11,7 @@ from planner.allocator.config import (
     normalised_conf,
     parse_conf,
 )
+from planner.allocator.export import memory_snapshot
 from planner.allocator.moments import Moment, moments
 from planner.allocator.replay import Events, OomEvent, ReplayResult, replay
 from planner.allocator.snapshot import BlockInfo, SegmentInfo, snapshot
@@ -27,6 +28,7 @@ __all__ = [
     "SegmentInfo",
     "conf_from_environment",
     "fraction_limit_bytes",
+    "memory_snapshot",
     "moments",
     "normalised_conf",
     "parse_conf",

@@ -8,16 +8,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from planner.allocator import AllocatorConfig, parse_conf
-from planner.errors import ModelError, PlannerError, described
+from planner.errors import InvalidArgument, ModelError, PlannerError, described
 from planner.processes import serve
 from planner.specs.document import parse_spec
 from planner.specs.variants import DEFAULT, Variant
 from planner.virtual.explanation import explain
 from planner.virtual.prediction import predict_trial
 from planner.virtual.scaling import TraceFamily
+from planner.virtual.snapshot import snapshot_file
 
 
 class Predictor:
@@ -85,6 +87,22 @@ class Predictor:
                 outside_bytes=outside_bytes,
             )
 
+    def snapshot(self, *, batch_size: int, path: str) -> Mapping[str, Any]:
+        """Write a file for PyTorch's memory viewer; fails as ``trial`` does."""
+        with _errors_of_the_model():
+            data = snapshot_file(
+                self._traces().scaled(batch_size),
+                batch_size,
+                config=self._config,
+                capacity_bytes=self._capacity_bytes,
+                device_total_bytes=self._device_total_bytes,
+            )
+        try:
+            Path(path).write_bytes(data)
+        except OSError as error:
+            raise InvalidArgument(f"cannot be written: {error.strerror}", field="snapshot") from error
+        return {"bytes": len(data)}
+
     def _traces(self) -> TraceFamily:
         assert self._family is not None, "open comes first"
         return self._family
@@ -104,7 +122,7 @@ def main() -> None:
     # Weights are never loaded here, and a hub must not be asked for anything.
     os.environ["HF_HUB_OFFLINE"] = "1"
     predictor = Predictor()
-    serve({"open": predictor.open, "trial": predictor.trial, "explain": predictor.explain})
+    serve({"open": predictor.open, "trial": predictor.trial, "explain": predictor.explain, "snapshot": predictor.snapshot})
 
 
 if __name__ == "__main__":

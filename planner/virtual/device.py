@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -68,6 +69,14 @@ class VirtualRunner:
         raises."""
         outside = self._gpu.context_bytes + self._gpu.library_bytes
         return self._request({"do": "explain", "batch_size": batch_size, "outside_bytes": outside})
+
+    def write_snapshot(self, batch_size: int, path: Path) -> int:
+        """Write what ``batch_size`` does to the allocator as a file for PyTorch's memory viewer; returns its bytes.
+
+        Raises what ``run`` raises, and ``InvalidArgument`` (``snapshot``) where ``path`` cannot be written.
+        """
+        reply = self._request({"do": "snapshot", "batch_size": batch_size, "path": str(path.resolve())})
+        return int(reply["bytes"])
 
     def _request(self, message: dict[str, Any]) -> dict[str, Any]:
         if self._child is None:
