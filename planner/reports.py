@@ -11,6 +11,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from planner.advice import Advice
 from planner.gpus import Gpu, default_capacity_bytes
 from planner.specs.model import Headroom
 from planner.specs.variants import Checkpointing, Variant
@@ -137,6 +138,27 @@ def gpu_dict(gpu: Gpu) -> dict[str, Any]:
         "library_bytes": gpu.library_bytes,
         "default_capacity_bytes": default_capacity_bytes(gpu),
         "measured": sorted(gpu.measured),
+    }
+
+
+def advice_dict(advice: Advice) -> dict[str, Any]:
+    """What single changes are predicted to gain, the largest gain first."""
+    return {
+        "source": "predicted",
+        "max_batch_size": advice.base.max_batch_size,
+        "changes": [
+            {
+                "change": gain.change.label,
+                "axis": gain.change.axis,
+                "value": gain.change.value,
+                "max_batch_size": gain.plan.max_batch_size,
+                "gained_samples": gain.samples,
+                "effect": gain.change.effect,
+                "plan_id": gain.plan.id,
+            }
+            for gain in advice.gains
+        ],
+        "left_out": [{"change": change, "reason": reason} for change, reason in advice.left_out],
     }
 
 

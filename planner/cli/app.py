@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from planner.cli import catalogue, doctor, gate, jobs, plans, service, sweep
+from planner.cli import catalogue, doctor, explain, gate, jobs, plans, service, sweep
 from planner.cli.exits import ExitStatus, status_of_error
 from planner.cli.parts import Parts
 from planner.cli.signals import Interrupted
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("probe")(sweep.probe)
 app.command("predict")(sweep.predict)
+app.command("explain")(explain.explain)
 app.command("preflight")(gate.preflight)
 app.command("gpus")(catalogue.gpus)
 app.command("doctor")(doctor.doctor)

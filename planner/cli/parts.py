@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from planner.progress import Listener
     from planner.selection import Selected
     from planner.specs.model import Spec
+    from planner.specs.variants import Variant
     from planner.store import Store
     from planner.trials import Plan
 
@@ -55,6 +56,13 @@ class Parts:
             spec, selected.device, store=store, batch_size=batch_size, fresh=fresh,
             predict_start=selected.predictor, listener=listener,
         )  # fmt: skip
+
+    def write_snapshot(self, spec: Spec, variant: Variant, selected: Selected, batch_size: int, path: Path) -> int:
+        from planner.virtual.device import VirtualDevice
+
+        device = VirtualDevice(selected.gpu, selected.device.capacity_bytes)
+        with device.open(spec, variant) as runner:
+            return runner.write_snapshot(batch_size, path)
 
     def preflight(self, spec: Spec, gpu: str, batch_size: int, *, capacity_bytes: int | None, store: Store) -> Verdict:
         from planner.preflight import preflight

@@ -122,7 +122,9 @@ def main() -> None:
     # Weights are never loaded here, and a hub must not be asked for anything.
     os.environ["HF_HUB_OFFLINE"] = "1"
     predictor = Predictor()
-    serve({"open": predictor.open, "trial": predictor.trial, "explain": predictor.explain, "snapshot": predictor.snapshot})
+    serve(
+        {"open": predictor.open, "trial": predictor.trial, "explain": predictor.explain, "snapshot": predictor.snapshot}
+    )
 
 
 if __name__ == "__main__":
