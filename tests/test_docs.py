@@ -38,7 +38,8 @@ def section(path: str) -> str:
 
 
 def options_of(command: Any) -> set[str]:
-    return {word for option in command.params for word in option.opts if word.startswith("--")} - {"--help"}
+    words = {word for option in command.params for word in (*option.opts, *option.secondary_opts)}
+    return {word for word in words if word.startswith("--")} - {"--help"}
 
 
 @pytest.mark.parametrize("path", sorted(COMMANDS))

@@ -165,11 +165,14 @@ class _Work:
         from planner.cli.live import open_display
         from planner.cli.progress import SweepProgress
 
-        display = open_display(stderr_console(), SweepProgress(), quiet=self._quiet or not shown)
-        with display:
-            (plan,) = self._parts.plan_sweep(
-                spec, self._selected, store=store, batch_size=batch_size, fresh=self._fresh, listener=display
-            )
+        for fresh in (self._fresh, True):
+            display = open_display(stderr_console(), SweepProgress(), quiet=self._quiet or not shown)
+            with display:
+                (plan,) = self._parts.plan_sweep(
+                    spec, self._selected, store=store, batch_size=batch_size, fresh=fresh, listener=display
+                )
+            if not plan.stored or "explanation" in plan.details:
+                break  # else it was stored by a version that explained nothing
         return plan
 
     def write_snapshot(self, spec: Spec, variant: Variant, plan: dict[str, Any], path: Path) -> None:

@@ -17,22 +17,6 @@ CHART_ROWS = 8
 _CHART_MARGIN = 11
 _MOST_COLUMNS = 96
 
-_KINDS = {
-    "activations": "activations",
-    "recomputed_activations": "recomputed activations",
-    "gradients_in_flight": "gradients in flight",
-    "temporaries": "temporaries",
-    "parameters": "parameters",
-    "cast_parameters": "parameters cast by autocast",
-    "averaged_parameters": "averaged parameters",
-    "buffers": "buffers",
-    "gradients": "gradients",
-    "optimizer_state": "optimizer state",
-    "inputs": "inputs",
-    "workspaces": "workspaces",
-    "kept": "kept by the model",
-}
-
 _SUMS = {
     "rounding_bytes": "rounding",
     "allocated_bytes": "= allocated",
@@ -47,7 +31,7 @@ def print_explanation(console: Console, plan: Mapping[str, Any]) -> None:
     """The tables of one plan's explanation: kinds, modules, largest tensors, timeline."""
     explanation = plan["explanation"]
     size = explanation["batch_size"]
-    fits = "" if explanation["fits"] else "; it does not fit: without a limit it would take this"
+    fits = "" if explanation["fits"] else "; does not fit: this is without a limit"
     print_lines(
         console, [f"{variant_label(plan['variant'])}, batch size {size} on {plan['gpu']} (predicted{fits})", ""]
     )
@@ -57,28 +41,16 @@ def print_explanation(console: Console, plan: Mapping[str, Any]) -> None:
     _print_timeline(console, explanation["timeline"])
 
 
-def share_line(plan: Mapping[str, Any]) -> str | None:
-    """``bf16-amp at batch 9: activations 63%, gradients in flight 25%, optimizer state 7%``: of the allocated peak."""
-    explanation = plan.get("explanation")
-    if not explanation:
-        return None
-    peak = explanation["peaks"]["allocated"]
-    ranked = sorted(peak["kinds"].items(), key=lambda item: -item[1])
-    shares = [(_KINDS.get(kind, kind), round(100 * count / peak["allocated_bytes"])) for kind, count in ranked]
-    named = ", ".join(f"{kind} {share}%" for kind, share in shares[:4] if share)
-    return f"{variant_label(plan['variant'])} at batch size {explanation['batch_size']}: {named}"
-
-
 def _print_kinds(console: Console, peaks: Mapping[str, Any]) -> None:
     moments = (peaks["allocated"], peaks["reserved"])
     numbers = ("most allocated, GiB", "share", "most reserved, GiB", " share")  # told apart by a space
     table = plain_table(console, "what takes the memory", *numbers, right=numbers)
-    kinds = sorted(_KINDS, key=lambda kind: -moments[0]["kinds"].get(kind, 0))
+    kinds = sorted(wording.KINDS, key=lambda kind: -moments[0]["kinds"].get(kind, 0))
     for kind in kinds:
         counts = [moment["kinds"].get(kind, 0) for moment in moments]
         if any(counts):
             cells = [_cells(moment, count) for moment, count in zip(moments, counts, strict=True)]
-            table.add_row(_KINDS[kind], *cells[0], *cells[1])
+            table.add_row(wording.KINDS[kind], *cells[0], *cells[1])
     for key, name in _SUMS.items():
         table.add_row(name, *_cells(moments[0], moments[0][key]), *_cells(moments[1], moments[1][key]))
     console.print(table)
@@ -99,9 +71,15 @@ def _print_modules(console: Console, explanation: Mapping[str, Any]) -> None:
     total = sum(row["bytes"] for row in rows)
     console.print()
     table = plain_table(console, "activations by module", "modules", "GiB", "share", right=("modules", "GiB", "share"))
-    for row in rows:
-        name = "all others" if row["module"] is None else row["module"] or "outside any module"
+    shown = [row for row in rows if row["module"] is not None and 100 * row["bytes"] >= total]
+    for row in shown:
+        name = row["module"] or "outside any module"
         table.add_row(name, str(row["num_modules"]), wording.gib(row["bytes"]), f"{100 * row['bytes'] / total:.0f}%")
+    others = [row for row in rows if row not in shown]
+    if others:
+        count, held = sum(row["num_modules"] for row in others), sum(row["bytes"] for row in others)
+        share = f"{100 * held / total:.0f}%" if 200 * held >= total else "<1%"
+        table.add_row("all others", str(count), wording.gib(held), share)
     console.print(table)
 
 
@@ -113,7 +91,7 @@ def _print_largest(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         if " of " in row["tensor"]:
             key, _, of = row["tensor"].partition(" of ")
             name = f"{key} of {row['module']}.{of}" if row["module"] else row["tensor"]
-        kind = _KINDS.get(row["kind"], row["kind"])
+        kind = wording.KINDS[row["kind"]]
         table.add_row(name, format_bytes(row["bytes"]), kind, row["operator"], row["made"])
     console.print(table)
 
@@ -139,9 +117,8 @@ def chart(timeline: Mapping[str, Any], columns: int, used: str, cached: str) -> 
         drawn = "".join(used if low >= row else cached if high >= row else " " for low, high in heights)
         lines.append(f"{label:>9} {drawn.rstrip()}".rstrip())
     lines.append(" " * 10 + _marks(timeline, stretches))
-    lines.append(
-        f"{'GiB':>9} {used} allocated  {cached} cached; from left to right {timeline['num_events']} allocations and frees"
-    )
+    events = f"from left to right {timeline['num_events']} allocations and frees"
+    lines.append(f"{'GiB':>9} {used} allocated  {cached} cached; {events}")
     return lines
 
 
@@ -153,7 +130,7 @@ def _marks(timeline: Mapping[str, Any], stretches: Sequence[Sequence[Sequence[in
     for index, name in timeline["phases"]:
         step = name.partition(", ")[0]
         column = max(position for position, start in enumerate(starts) if start <= index or position == 0)
-        if step == shown:
+        if step == shown or step in ("move", "end"):
             continue
         shown = step
         for offset, letter in enumerate(f"|{step}"):

@@ -59,6 +59,12 @@ def intervals(plans: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["Capacity needed (may reserve more where there is more):", *found] if found else []
 
 
+def shares(plans: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What takes most of the allocated bytes at each plan's peak, a line each: predicted, whatever the plan is."""
+    lines = [f"  {variant_label(plan['variant'])}, {words}" for plan in plans if (words := wording.shares(plan))]
+    return ["At the peak of allocated bytes, predicted (planner explain says more):", *lines] if lines else []
+
+
 def remarks(plans: Sequence[Mapping[str, Any]]) -> list[str]:
     """What must be read beside the table: failures, retries, stated assumptions; each sentence once."""
     lines: list[str] = []
@@ -112,7 +118,8 @@ def print_plans(
 ) -> None:
     """The table, then its remarks, the summary sentences, and where it all comes from with ``notes``."""
     console.print(plans_table(console, plans))
-    for block in (intervals(plans), remarks(plans), expectation(plans), list(summary), [*origin(plans), *notes]):
+    found = (intervals(plans), shares(plans), remarks(plans), expectation(plans), list(summary))
+    for block in (*found, [*origin(plans), *notes]):
         if block:
             console.print()
             print_lines(console, block)
