@@ -202,13 +202,13 @@ class ExplainedDevice(ExplainingDevice):
     def __init__(self) -> None:
         super().__init__(9, source=Source.PREDICTED)
 
-    def open(self, spec: Spec, variant: Variant) -> Any:
+    def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> Any:
         self.same = 9
         if variant.checkpointing is Checkpointing.FULL:
             self.same = 20
         elif variant.loss is Loss.CHUNKED:
             self.same = 12
-        runner = super().open(spec, variant)
+        runner = super().open(spec, variant, capacity_bytes=capacity_bytes)
         runner.explain = lambda size: {**PLAN["explanation"], "batch_size": size, "fits": size <= self.same}
         return runner
 
