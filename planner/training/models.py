@@ -196,13 +196,17 @@ def _check_config(defaults: Any, overrides: Mapping[str, Any], field: str) -> No
             _check_config(nested, value, f"{field}.{key}")
 
 
+_IMPLEMENTATIONS = {"attn_implementation", "experts_implementation"}
+"""Keyword arguments of every config (transformers/configuration_utils.py): which code runs attention and experts."""
+
+
 def _config_keys(config: Any) -> set[str]:
     """Every key that this config or a base class declares, and those of generation, which seq2seq models read too."""
     transformers = _require("transformers")
     declared = {name for kind in type(config).__mro__ for name in getattr(kind, "__annotations__", {})}
     named = set(getattr(config, "attribute_map", {})) | set(inspect.signature(type(config).__init__).parameters)
     generation = set(transformers.GenerationConfig().to_dict())
-    known = set(config.to_dict()) | declared | named | generation | {"num_labels", "use_cache"}
+    known = set(config.to_dict()) | declared | named | generation | {"num_labels", "use_cache"} | _IMPLEMENTATIONS
     return {name for name in known if not name.startswith("_")} - {"self", "kwargs", "args"}
 
 
