@@ -62,7 +62,7 @@ def test_multiples_headroom_speed_and_a_global_batch_size(device):
 
 
 def test_micro_batches_keep_their_gradients_during_the_next_forward_pass(device):
-    """Allocated bytes with accumulation are those without and, where the peak is not in the optimizer, the gradients."""
+    """From the second micro-batch on: they are what accumulates."""
     document = {**SMALL, "train": {"optimizer": "adamw", "accumulation_steps": 2}, "search": {}}
     plain = parse_spec({**document, "train": {"optimizer": "adamw"}})
     with device.open(plain, plain.variants.product()[0]) as runner:
