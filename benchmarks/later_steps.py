@@ -22,9 +22,9 @@ sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "examples")]
 
 import torch
 
+from planner.forks import Fork
 from planner.local_gpus import local_gpus
 from planner.runtime.context import memory_fraction
-from planner.runtime.fork import Fork
 from planner.specs.document import parse_spec
 from planner.specs.files import read_document
 from planner.specs.model import Spec

@@ -53,7 +53,8 @@ class TrialRunner(Protocol):
     def run(self, batch_size: int, *, fresh: bool = False) -> Trial:
         """Run one trial. An OOM or a dead process is an outcome, not an exception.
 
-        ``fresh`` asks for a process whose GPU was used for nothing else (a prediction ignores it).
+        ``fresh`` asks for a trial to rely on: measured in a process whose GPU was used for nothing else, predicted with
+        an interval and from events that a trace has checked.
         Raises ``PlannerError`` only for what no other batch size would cure: a bad config key (``InvalidSpec``), a
         model that raises (``ModelError``), a GPU that is gone (``DeviceLost``).
         """

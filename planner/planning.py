@@ -269,16 +269,15 @@ class _VariantWork:
         self, runner: TrialRunner, constraints: SearchSpec, start: int | None, predicted: Plan | None = None
     ) -> SearchResult:
         limit = constraints.max_batch_size
-        if start is None and not self.is_measured:
-            start = _FIRST_PREDICTED
         search = Search(
             start=start,
+            first=1 if self.is_measured else _FIRST_PREDICTED,
             limit=LIMIT if limit is None else limit,
             limit_name=None if limit is None else "search.max_batch_size",
             multiple_of=constraints.multiple_of,
             suspects=suspects(predicted),
             look_beyond=0 if self.is_measured else _LOOK_BEYOND,
-            confirm_fresh=self.is_measured,
+            confirm_fresh=True,
             capacity_bytes=self.capacity_bytes,
             bytes_per_sample=bytes_per_sample(predicted),
         )
@@ -326,7 +325,7 @@ class _VariantWork:
                     runners[steps] = spec, stack.enter_context(self._open(spec))
                 spec, accumulating = runners[steps]
                 ask = Ask(
-                    batch_size=way.micro_batch_size, fresh=self.is_measured, low=result.max_batch_size or 0,
+                    batch_size=way.micro_batch_size, fresh=True, low=result.max_batch_size or 0,
                     high=result.first_oom_batch_size, remaining_trials=left,
                 )  # fmt: skip
                 return self.log.run(accumulating, ask, spec)
@@ -367,7 +366,7 @@ class _VariantWork:
         self.log.run(runner, Ask(batch_size=size, fresh=False, low=largest, high=high, remaining_trials=1))
 
     def _plan_one(self, runner: TrialRunner, batch_size: int, predictor: Device | None) -> Plan:
-        ask = Ask(batch_size=batch_size, fresh=self.is_measured, low=0, high=None, remaining_trials=1)
+        ask = Ask(batch_size=batch_size, fresh=True, low=0, high=None, remaining_trials=1)
         trial = self.log.run(runner, ask)
         if trial.outcome is Outcome.FAILED:
             trial = self.log.run(runner, ask)

@@ -193,7 +193,7 @@ def _stored(store: PlanStore | None, spec: Spec, variant: Variant, gpu: Gpu) -> 
 def _predict(device: Device, spec: Spec, variant: Variant, batch_size: int, near: Sequence[str]) -> VariantVerdict:
     try:
         with device.open(spec, variant) as runner:
-            trial = runner.run(batch_size)
+            trial = runner.run(batch_size, fresh=True)
     except ChildError as error:  # it was killed or hung: that says nothing about the work
         reason = f"the prediction did not finish: {error}"
         return VariantVerdict(variant=variant, kind=VerdictKind.UNKNOWN, reason=reason, source=None, notes=tuple(near))

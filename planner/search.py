@@ -3,8 +3,8 @@
 From a right start two trials settle it: the start fits and the next size does not. Around a wrong one the search steps
 outward, each step twice the last, until it has a bracket. Wherever two sizes that ran give a line through their
 allocated bytes, it goes to where that line meets the capacity; once there is a bracket, never at the price of more than
-two trials beyond what halving it would take. Without a start it begins at 1. Pure: it knows no GPU, no clock and no
-store.
+two trials beyond what halving it would take. Without a start it begins at 1, or as told. Pure: it knows no GPU, no
+clock and no store.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ class SearchResult:
     def best(self) -> Trial | None:
         """The trial that decided ``max_batch_size``."""
         same = [trial for trial in self.trials if trial.batch_size == self.max_batch_size and trial.fits]
-        return max(same, key=lambda trial: trial.fresh_process, default=None)
+        return max(reversed(same), key=lambda trial: trial.fresh_process, default=None)
 
 
 class Search:
     """One search, as ask and tell.
 
-    ``start`` is where the answer is expected, ``capacity_bytes`` what interpolation aims at (without it: bisection) and
-    ``bytes_per_sample`` by how much allocated bytes are expected to grow with the batch size. Only multiples of
-    ``multiple_of`` up to ``limit`` are asked for; ``limit_name`` is what the limit is called in a note. ``suspects``
-    are sizes that are expected to contradict a monotone result: each is tried once before the search ends, and so are
-    ``look_beyond`` sizes above the first that runs out of memory. With ``confirm_fresh`` the two deciding trials are
-    repeated in fresh processes if they ran in warm ones.
+    ``start`` is where the answer is expected (``first`` where a search begins that expects nothing), ``capacity_bytes``
+    what interpolation aims at (without it: bisection) and ``bytes_per_sample`` by how much allocated bytes are expected
+    to grow with the batch size. Only multiples of ``multiple_of`` up to ``limit`` are asked for; ``limit_name`` is what
+    the limit is called in a note. ``suspects`` are sizes that are expected to contradict a monotone result: each is
+    tried once before the search ends, and so are ``look_beyond`` sizes above the first that runs out of memory. With
+    ``confirm_fresh`` the two deciding trials are repeated in fresh processes if they ran in warm ones.
     """
 
     # Inside, sizes are counted in units of ``multiple_of``.
@@ -78,6 +78,7 @@ class Search:
         self,
         *,
         start: int | None = None,
+        first: int = 1,
         limit: int = LIMIT,
         limit_name: str | None = None,
         multiple_of: int = 1,
@@ -92,7 +93,7 @@ class Search:
         self._unit = multiple_of
         self._limit, self._limit_name = limit // multiple_of, limit_name
         self._predicted = start is not None
-        self._start = min(max(1 if start is None else start // multiple_of, 1), self._limit)
+        self._start = min(max((first if start is None else start) // multiple_of, 1), self._limit)
         self._suspects = sorted({size // multiple_of for size in suspects if size % multiple_of == 0})
         self._look_beyond = look_beyond
         self._confirm_fresh = confirm_fresh

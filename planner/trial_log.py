@@ -83,8 +83,9 @@ class TrialLog:
 
         ``spec`` is that of the runner where it is not the plan's own.
         """
-        stored = self._stored.pop(ask.batch_size, None) if spec in (None, self.spec) else None
-        if stored is not None:
+        stored = self._stored.get(ask.batch_size) if spec in (None, self.spec) else None
+        if stored is not None and _answers(stored.trial, ask):
+            del self._stored[ask.batch_size]
             self.num_read_back += 1
             self.trials.append(stored.trial)
             self.ids.append(stored.id)
@@ -109,3 +110,8 @@ class TrialLog:
             )
         self.listener(TrialFinished(variant=self.variant, trial=trial))
         return trial
+
+
+def _answers(trial: Trial, ask: Ask) -> bool:
+    """Whether a stored trial says as much as is asked: a prediction to rely on has an interval."""
+    return trial.source is Source.MEASURED or not ask.fresh or trial.reserved_interval is not None

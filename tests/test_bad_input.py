@@ -10,15 +10,16 @@ import pytest
 from planner.cli.options import check_batch_size
 from planner.errors import MAX_QUOTED, InvalidArgument, InvalidSpec, ModelError, described, first_line
 from planner.gpus import find_gpu
-from planner.processes import TAIL_BYTES
+from planner.processes import TAIL_BYTES, ChildTimeout
 from planner.selection import usable_capacity
 from planner.specs.document import parse_spec
 from planner.specs.variants import Variant
 from planner.units import GIB, MAX_BATCH_SIZE
 from planner.virtual.device import VirtualDevice
+from tests.test_processes import gone
 
 MODULE = """
-import os, signal, sys
+import os, signal, sys, time
 import torch
 
 class Net(torch.nn.Module):
@@ -35,6 +36,9 @@ class Net(torch.nn.Module):
             os._exit(0)
         if self.how == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
+        if self.how == "hang":
+            open("hanging", "w").write(str(os.getpid()))
+            time.sleep(1000)
         if self.how == "long":
             raise ValueError("tensor" * 1_000_000)
         return {"loss": self.linear(x).sum()}
@@ -67,6 +71,17 @@ def test_a_model_that_ends_its_process_is_the_models_error(device: VirtualDevice
     with pytest.raises(ModelError) as caught:
         _predict(device, model, {"kind": "tensors", "inputs": {"x": {"shape": [8], "dtype": "float32"}}})
     assert str(caught.value) == f"model: {said}"
+
+
+def test_a_model_that_hangs_is_killed_with_its_processes_and_the_device_serves_the_next(device: VirtualDevice) -> None:
+    device.timeout_s = 20.0
+    data = {"kind": "tensors", "inputs": {"x": {"shape": [8], "dtype": "float32"}}}
+    model = {"source": "python", "target": "odd_net:Net", "args": {"how": "hang"}}
+    with pytest.raises(ChildTimeout, match="did not answer within 20 s and was killed"):
+        _predict(device, model, data)
+    assert gone(int(Path("hanging").read_text()))
+    _predict(device, {**model, "args": {"how": "well"}}, data)
+    device.close()
 
 
 def test_a_models_message_is_quoted_in_part(device: VirtualDevice) -> None:

@@ -10,11 +10,11 @@ from typing import ClassVar
 import pytest
 
 from planner.errors import DeviceBusy, DeviceLost, DeviceUnavailable, InvalidSpec, ModelError
+from planner.forks import Fork
 from planner.local_gpus import local_gpus
 from planner.planning import plan_sweep
 from planner.runtime.card import Card, Held, wait_until_idle
 from planner.runtime.device import LocalDevice
-from planner.runtime.fork import Fork
 from planner.specs.model import ModelSource, ModelSpec
 from planner.trials import Outcome, PlanStatus, Source
 from planner.units import GIB, MIB

@@ -100,7 +100,7 @@ def test_what_is_scaled_equals_what_is_traced(process: Process, name: str) -> No
     model, data, variant = FAMILIES[name]
     sizes = [3, 7, 24, 61]
     found = process.do("scaled_and_traced", spec={"model": model, "data": data}, variant=variant, batch_sizes=sizes)
-    assert found == [{"exact": size <= 5, "same_order": True, "differing": 0} for size in sizes]
+    assert found == [{"exact": False, "same_order": True, "differing": 0} for size in sizes]
 
 
 GPT2 = {
@@ -137,3 +137,20 @@ def test_variants_that_cannot_run_say_why_and_stop_no_other() -> None:
         assert plan.error is not None
         assert plan.error["field"] == "variants.checkpointing"
         assert f"Tied offers no {kind} checkpointing" in plan.error["message"]
+
+
+def test_one_process_builds_the_model_and_each_variant_takes_three_traces() -> None:
+    device = VirtualDevice(find_gpu("h200"), GIB // 4)
+    spec = parse_spec({**GPT2, "variants": {"precision": ["fp32", "bf16-amp"]}})
+    plans = plan_sweep(spec, device)
+    (child,) = device._preloaded.values()
+    for plan in plans:
+        assert plan.status is PlanStatus.PLANNED
+        assert plan.max_batch_size is not None
+        sizes = plan.trials[-1].details["traced_batch_sizes"]
+        assert len(sizes) == 3
+        assert any(abs(size - plan.max_batch_size) <= 3 for size in sizes), "a trace checks where the answer is"
+        assert plan.notes == ()
+    assert child.alive
+    device.close()
+    assert not child.alive

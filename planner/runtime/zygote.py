@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from planner.forks import Fork, adopt_orphans
 from planner.processes import InternalError, answer, serve
-from planner.runtime.fork import Fork, adopt_orphans
 
 Build = Callable[[Mapping[str, Any]], Any]
 """Of a spec document: whatever the trials need, ready in memory."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
+import weakref
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,23 +19,32 @@ from planner.gpus import Gpu
 from planner.processes import Child, ChildDied, describe_exit
 from planner.specs.document import spec_document
 from planner.specs.model import Spec
-from planner.specs.variants import Variant
+from planner.specs.variants import DEFAULT, Variant
 from planner.trials import Environment, Interval, Outcome, Peaks, Source, Trial
 
 TIMEOUT_S = 600.0
 """For one prediction: seconds as a rule, minutes for the largest models on a busy machine."""
 
+_MOST_PRELOADED = 2
+"""Processes kept: of the spec in hand, and of one made from it (a search that accumulates gradients)."""
+
 
 class VirtualDevice:
     """A GPU type of the catalogue that is not there, with ``capacity_bytes`` for the caching allocator.
 
-    ``timeout_s`` bounds each answer of its tracing process, which is killed when it takes longer.
+    A process that has imported torch and built the model (``planner.virtual.child``) is kept for the spec in hand, and
+    goes with this object. Threads may share it. ``timeout_s`` bounds each answer; the process is killed when it takes
+    longer.
     """
 
     def __init__(self, gpu: Gpu, capacity_bytes: int, *, timeout_s: float = TIMEOUT_S) -> None:
         self.gpu = gpu
         self.capacity_bytes = capacity_bytes
         self.timeout_s = timeout_s
+        self._preloaded: dict[str, Child] = {}  # by spec hash, at most _MOST_PRELOADED, the one used last at the end
+        self._opening: set[str] = set()
+        self._lock = threading.RLock()  # a later variant may be predicted while an earlier one is explained
+        weakref.finalize(self, _kill_all, self._preloaded)
 
     @property
     def limit(self) -> Limit | None:
@@ -44,71 +55,99 @@ class VirtualDevice:
         return predicted_environment(spec, self.gpu)
 
     def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None:
-        """Nothing: a tracing process starts with its first trial."""
+        """Have the preloaded process import and build while the caller does something else."""
+        with self._lock:
+            self._child(spec)
+
+    def _child(self, spec: Spec) -> Child:
+        child = self._preloaded.pop(spec.hash, None)
+        if child is None or not child.alive:
+            while len(self._preloaded) >= _MOST_PRELOADED:
+                oldest = next(iter(self._preloaded))
+                self._preloaded.pop(oldest).kill()
+            child = Child.start("planner.virtual.child", import_cwd=True)
+            request = {
+                "do": "open",
+                "spec": spec_document(spec),
+                "compute_capability": list(self.gpu.compute_capability),
+                "num_sms": self.gpu.num_sms,
+            }
+            child.send(request)
+            self._opening.add(spec.hash)
+        self._preloaded[spec.hash] = child
+        return child
 
     def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> VirtualRunner:
-        return VirtualRunner(self.gpu, capacity_bytes or self.capacity_bytes, spec, variant, self.timeout_s)
+        return VirtualRunner(self, spec, variant, capacity_bytes or self.capacity_bytes)
+
+    def close(self) -> None:
+        """End the preloaded process; the next trial starts one again."""
+        _kill_all(self._preloaded)
+
+    def ask(self, spec: Spec, request: dict[str, Any]) -> dict[str, Any]:
+        """The reply of the process that has built the model of ``spec``. Raises what building or tracing it raises."""
+        with self._lock:
+            child = self._child(spec)
+            try:
+                if spec.hash in self._opening:
+                    self._opened(spec, child)
+                return child.request(request, self.timeout_s)
+            except ChildDied as error:
+                if error.returncode == -signal.SIGKILL:  # the kernel's, when the machine's memory runs out
+                    raise
+                message = f"the model ended the process that it ran in, which {describe_exit(error.returncode)}"
+                raise ModelError(message, field="model") from error
+
+    def _opened(self, spec: Spec, child: Child) -> None:
+        self._opening.discard(spec.hash)
+        try:
+            child.receive(self.timeout_s)
+        except BaseException:
+            self._preloaded.pop(spec.hash).kill()
+            raise
 
 
 class VirtualRunner:
-    """One variant in a tracing process of its own, started with the first trial."""
+    """One variant on a virtual GPU."""
 
-    def __init__(self, gpu: Gpu, capacity_bytes: int, spec: Spec, variant: Variant, timeout_s: float) -> None:
-        self._gpu, self._capacity_bytes, self._spec, self._variant = gpu, capacity_bytes, spec, variant
-        self._timeout_s = timeout_s
-        self._child: Child | None = None
+    def __init__(self, device: VirtualDevice, spec: Spec, variant: Variant, capacity_bytes: int) -> None:
+        self._device, self._spec, self._variant, self._capacity_bytes = device, spec, variant, capacity_bytes
+        self._gpu = device.gpu
 
     def run(self, batch_size: int, *, fresh: bool = False) -> Trial:
-        """Predict ``batch_size``. ``fresh`` changes nothing: a replay starts from an empty allocator each time."""
+        """Predict ``batch_size``. A ``fresh`` trial is checked by a trace and has an interval; any other one only
+        narrows a search."""
         started_at, start = datetime.now(UTC), time.monotonic()
-        reply = self._request({"do": "trial", "batch_size": batch_size})
+        reply = self._ask("trial", batch_size, fresh=fresh)
         return self._trial(batch_size, reply, started_at, time.monotonic() - start)
 
     def explain(self, batch_size: int) -> dict[str, Any]:
         """What takes the memory at ``batch_size`` (``planner.virtual.explanation.explain``); raises what ``run``
         raises."""
-        outside = self._gpu.context_bytes + self._gpu.library_bytes
-        return self._request({"do": "explain", "batch_size": batch_size, "outside_bytes": outside})
+        return self._ask("explain", batch_size, outside_bytes=self._gpu.context_bytes + self._gpu.library_bytes)
 
     def write_snapshot(self, batch_size: int, path: Path) -> int:
         """Write what ``batch_size`` does to the allocator as a file for PyTorch's memory viewer; returns its bytes.
 
         Raises what ``run`` raises, and ``InvalidArgument`` (``snapshot``) where ``path`` cannot be written.
         """
-        reply = self._request({"do": "snapshot", "batch_size": batch_size, "path": str(path.resolve())})
+        reply = self._ask("snapshot", batch_size, path=str(path.resolve()))
         return int(reply["bytes"])
 
-    def _request(self, message: dict[str, Any]) -> dict[str, Any]:
-        if self._child is None:
-            self._child = self._start()
-        try:
-            return self._child.request(message, self._timeout_s)
-        except ChildDied as error:
-            if error.returncode == -signal.SIGKILL:  # the kernel's, when the machine's memory runs out
-                raise
-            ended = f"the model ended the process that it ran in, which {describe_exit(error.returncode)}"
-            raise ModelError(ended, field="model") from error
-
-    def _start(self) -> Child:
-        child = Child.start("planner.virtual.child", import_cwd=True)
-        try:
-            child.request(
-                {
-                    "do": "open",
-                    "spec": spec_document(self._spec),
-                    "variant": self._variant.as_dict(),
-                    "compute_capability": list(self._gpu.compute_capability),
-                    "num_sms": self._gpu.num_sms,
-                    "capacity_bytes": self._capacity_bytes,
-                    "device_total_bytes": self._gpu.total_bytes,
-                    "allocator_conf": allocator_conf(),
-                },
-                self._timeout_s,
-            )
-        except BaseException:
-            child.kill()
-            raise
-        return child
+    def _ask(self, what: str, batch_size: int, **options: Any) -> dict[str, Any]:
+        own_allocator = self._variant.allocator
+        return self._device.ask(
+            self._spec,
+            {
+                "do": what,
+                "variant": self._variant.as_dict(),
+                "batch_size": batch_size,
+                "capacity_bytes": self._capacity_bytes,
+                "device_total_bytes": self._gpu.total_bytes,
+                "allocator_conf": allocator_conf() if own_allocator == DEFAULT else own_allocator,
+                **options,
+            },
+        )
 
     def _trial(self, batch_size: int, reply: dict[str, Any], started_at: datetime, duration_s: float) -> Trial:
         needed = reply["needed"]
@@ -122,16 +161,16 @@ class VirtualRunner:
                 device_bytes=reply["peak_reserved_bytes"] + self._gpu.context_bytes + self._gpu.library_bytes,
             ),
             num_alloc_retries=reply["num_alloc_retries"],
-            reserved_interval=Interval(
-                low_bytes=needed["low_bytes"], high_bytes=needed["high_bytes"], basis=needed["basis"]
-            ),
+            reserved_interval=needed
+            and Interval(low_bytes=needed["low_bytes"], high_bytes=needed["high_bytes"], basis=needed["basis"]),
             error=reply.get("error"),
             details={
                 "samples_per_step": batch_size * self._spec.train.accumulation_steps,
-                "needed_bytes": needed["bytes"],
+                **({"needed_bytes": needed["bytes"]} if needed else {}),
                 "traced": reply["traced"],
                 "traced_batch_sizes": reply["traced_batch_sizes"],
                 "unmodelled": reply["unmodelled"],
+                **({"notes": reply["notes"]} if reply["notes"] else {}),
             },
             duration_s=duration_s,
             started_at=started_at,
@@ -143,5 +182,9 @@ class VirtualRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._child is not None:
-            self._child.kill()
+        """The preloaded process serves the next variant too."""
+
+
+def _kill_all(children: dict[str, Child]) -> None:
+    while children:
+        children.popitem()[1].kill()

@@ -7,7 +7,7 @@ from typing import Any
 
 from planner.allocator import AllocatorConfig, replay
 from planner.units import MIB, format_bytes
-from planner.virtual.scaling import TraceFamily
+from planner.virtual.scaling import Scaled, TraceFamily
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,24 +38,52 @@ def predict_trial(
     family: TraceFamily,
     batch_size: int,
     *,
+    fresh: bool,
     config: AllocatorConfig,
     capacity_bytes: int,
     device_total_bytes: int,
     compute_capability: tuple[int, int],
 ) -> dict[str, Any]:
-    """The outcome, peaks and needed bytes of ``batch_size`` under ``capacity_bytes``, as JSON data.
+    """The outcome and peaks of ``batch_size`` under ``capacity_bytes``, as JSON data.
 
-    ``needed``: the smallest capacity under which the step runs, between its peak of allocated bytes and what it would
-    reserve with no limit, with the interval that the true figure is expected in.
+    A ``fresh`` trial is one to rely on: its events are checked (``TraceFamily.checked``), and it says what is
+    ``needed``, the smallest capacity under which the step runs, between its peak of allocated bytes and what it would
+    reserve with no limit, with the interval that the true figure is expected in. Any other only narrows a search.
     """
-    scaled = family.scaled(batch_size)
+    scaled = family.checked(batch_size) if fresh else family.scaled(batch_size)
 
     def run(capacity: int | None) -> Any:
         return replay(scaled.events, config, capacity, device_total_bytes=device_total_bytes)
 
     limited = run(capacity_bytes)
-    free = run(None)
-    needed = _needed(run, free.peak_allocated_bytes, free.peak_reserved_bytes)
+    # A limit that was never met changes nothing, unless the garbage collector goes by it.
+    unmet = limited.fits and not limited.num_alloc_retries and not config.garbage_collection_threshold
+    free = limited if unmet else run(None)
+    # Where memory ran out the peaks are those of a run with no limit: what the batch would take.
+    peaks = limited if limited.fits else free
+    reply: dict[str, Any] = {
+        "fits": limited.fits,
+        "peak_allocated_bytes": peaks.peak_allocated_bytes,
+        "peak_reserved_bytes": peaks.peak_reserved_bytes,
+        "num_alloc_retries": limited.num_alloc_retries,
+        "needed": None,
+        "traced": scaled.exact,
+        "traced_batch_sizes": list(family.traced_sizes),
+        "unmodelled": sorted(operator for operator, _, modelled in scaled.doubts if not modelled),
+        "notes": [_SURPRISE.format(batch_size)] if scaled.surprising else [],
+    }
+    if fresh:
+        needed = _needed(run, free.peak_allocated_bytes, free.peak_reserved_bytes)
+        reply["needed"] = _interval(needed, scaled, compute_capability)
+    if limited.oom is not None:
+        reply["error"] = str(limited.oom.error)
+    return reply
+
+
+_SURPRISE = "batch size {} was traced: its memory events are not those that smaller batch sizes foretold"
+
+
+def _interval(needed: int, scaled: Scaled, compute_capability: tuple[int, int]) -> dict[str, Any]:
     accuracy = MEASURED_ACCURACY if compute_capability == MEASURED_ARCHITECTURE else RULES_ONLY
     doubt = int(needed * accuracy.relative) + accuracy.absolute_bytes
     basis = accuracy.basis
@@ -63,25 +91,7 @@ def predict_trial(
         doubt += size
         why = "its workspace is chosen by cuDNN" if modelled else "its temporary memory is not modelled"
         basis += f"; {operator}: {format_bytes(size)} either side, {why}"
-    reply: dict[str, Any] = {
-        "fits": limited.fits,
-        # Where memory ran out the peaks are those of a run with no limit: what the batch would take.
-        "peak_allocated_bytes": (limited if limited.fits else free).peak_allocated_bytes,
-        "peak_reserved_bytes": (limited if limited.fits else free).peak_reserved_bytes,
-        "num_alloc_retries": limited.num_alloc_retries,
-        "needed": {
-            "bytes": needed,
-            "low_bytes": max(0, needed - doubt),
-            "high_bytes": needed + doubt,
-            "basis": basis,
-        },
-        "traced": scaled.exact,
-        "traced_batch_sizes": list(family.traced_sizes),
-        "unmodelled": sorted(operator for operator, _, modelled in scaled.doubts if not modelled),
-    }
-    if limited.oom is not None:
-        reply["error"] = str(limited.oom.error)
-    return reply
+    return {"bytes": needed, "low_bytes": max(0, needed - doubt), "high_bytes": needed + doubt, "basis": basis}
 
 
 _NEEDED_PRECISION = 1 / 256

@@ -9,7 +9,7 @@ rounded), which is why the events are scaled and replayed rather than the peaks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.allocator import Events
 from planner.virtual.trace import Trace
@@ -26,15 +26,22 @@ class Scaled:
     """Traced at this very batch size, not scaled."""
     doubts: tuple[tuple[str, int, bool], ...]
     """``(operator, bytes that it may be off by, modelled)`` at this batch size, the largest of each operator."""
+    surprising: bool = False
+    """Traced at this very batch size, and not what smaller ones had foretold."""
 
 
 class TraceFamily:
     """The traces of one variant, taken when they are needed: ``trace(batch_size)`` runs the step on the virtual
-    device."""
+    device; ``start(batch_sizes)`` is told beforehand which of them come next."""
 
-    def __init__(self, trace: Callable[[int], Trace]) -> None:
+    def __init__(
+        self, trace: Callable[[int], Trace], start: Callable[[Iterable[int]], None] = lambda batch_sizes: None
+    ) -> None:
         self._trace = trace
+        self._start = start
         self._traces: dict[int, Trace] = {}
+        self._holds = False
+        """Whether a trace at another size than the first two was what these foretold."""
 
     @property
     def traced_sizes(self) -> tuple[int, ...]:
@@ -50,10 +57,14 @@ class TraceFamily:
 
     def scaled(self, batch_size: int) -> Scaled:
         """The events at ``batch_size``, scaled from the two nearest traces that agree, traced where there are none."""
-        if batch_size in self._traces or batch_size <= _FIRST[1]:
+        if batch_size in self._traces or batch_size < _FIRST[0]:
             return self.traced(batch_size)
-        for size in _FIRST:
+        missing = [size for size in _FIRST if size not in self._traces]
+        self._start(missing)
+        for size in missing:
             self.traced(size)
+        if batch_size in _FIRST:
+            return self.traced(batch_size)
         pair = self._nearest_pair(batch_size)
         if pair is None:
             return self.traced(batch_size)
@@ -70,6 +81,22 @@ class TraceFamily:
             for doubt, other in zip(first.doubts, second.doubts, strict=True)
         )
         return Scaled(Events(second.events, sizes, optional=second.optional), second, False, doubts)
+
+    def checked(self, batch_size: int) -> Scaled:
+        """The events at ``batch_size`` as a trace has shown them: one at this size, or, where one was already taken to
+        check how sizes scale and was as foretold, scaled.
+
+        The only size that is asked for is traced alone.
+        """
+        if self._holds or not self._traces:
+            return self.scaled(batch_size) if self._holds else self.traced(batch_size)
+        scaled = self.scaled(batch_size)
+        if scaled.exact:
+            return scaled
+        traced = self.traced(batch_size)
+        agree = scaled.events.order == traced.events.order and list(scaled.events.sizes) == list(traced.events.sizes)
+        self._holds = agree
+        return traced if agree else replace(traced, surprising=True)
 
     def _nearest_pair(self, batch_size: int) -> tuple[int, int] | None:
         """Two traced sizes with the same events: around ``batch_size`` if possible, else the nearest below or above

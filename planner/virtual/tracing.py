@@ -6,7 +6,7 @@ import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,10 +44,35 @@ def prepare(architecture: Architecture) -> torch.device:
     return device
 
 
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A model on the CPU, without storage, and the mode that its tensors belong to. It serves for one trace."""
+
+    mode: FakeTensorMode
+    model: torch.nn.Module
+
+
+def build(spec: Spec, architecture: Architecture) -> Built:
+    """Build the model of ``spec`` in this process, which becomes one with a virtual GPU."""
+    from planner.training import build_model
+
+    prepare(architecture)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, Recorder(Kernels(architecture)):
+        return Built(mode, build_model(spec))
+
+
 def trace_steps(
-    spec: Spec, variant: Variant, batch_size: int, architecture: Architecture, *, num_steps: int = 3
+    spec: Spec,
+    variant: Variant,
+    batch_size: int,
+    architecture: Architecture,
+    *,
+    num_steps: int = 3,
+    built: Built | None = None,
 ) -> Trace:
-    """Build the model, move it and run the phases of a trial (``planner.training.schedule``), all without storage.
+    """Build the model where it is not ``built``, move it and run the phases of a trial (``planner.training.schedule``),
+    all without storage.
 
     From the third step on, a step that goes as the one before it is copied instead of run (``planner.virtual.steady``);
     a step of the user's own is always run, since it may count.
@@ -55,21 +80,20 @@ def trace_steps(
     Raises ``InvalidSpec`` for a compiled variant: what the compiler fuses and recomputes is not known here; and for
     tokens or classes that the model has no positions or outputs for.
     """
-    from planner.training import Training, build_model, phases
+    from planner.training import Training, phases
 
     if variant.compile is Compile.ON:
         message = "torch.compile is not predicted, since its compiler decides what is kept: probe it on a GPU"
         raise InvalidSpec(message, field="variants.compile", suggestion="off")
     spec = _few_micro_batches(spec)
     device = prepare(architecture)
+    built = built or build(spec, architecture)
     recorder = Recorder(Kernels(architecture))
     _recording.append(recorder)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), recorder:
-            model = build_model(spec)
+        with built.mode, recorder:
             recorder.trace.mark("move")
-            training = Training(spec, variant, model, device)
-            del model
+            training = Training(spec, variant, built.model, device)
             schedule = phases(spec, num_steps)
             with _followed(training, recorder):
                 for number, phase in enumerate(schedule):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import select
 import signal
@@ -27,6 +28,10 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 Work = Callable[[dict[str, Any]], Mapping[str, Any]]
 """Of a request: its answer, as JSON data. It raises nothing: a failure is part of its answer."""
+
+
+_living: set[int] = set()
+"""The forks of this process."""
 
 
 class Fork:
@@ -48,24 +53,39 @@ class Fork:
         replies, replies_write = os.pipe()
         pid = os.fork()
         if pid == 0:
+            _living.clear()
             os.close(requests_write)
             os.close(replies)
             _serve_and_leave(work, requests, replies_write)
         os.close(requests)
         os.close(replies_write)
+        _living.add(pid)
         return cls(pid, requests_write, replies)
 
     def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any] | None:
         """Its answer, or ``None`` where it died or did not answer in time: it has ended, and ``ending`` says how."""
-        deadline = time.monotonic() + timeout_s
+        self.send(request)
+        return self.receive(timeout_s)
+
+    def send(self, request: Mapping[str, Any]) -> None:
+        """Send a request of a few KiB and return at once: several forks can work side by side. ``receive`` follows."""
         with contextlib.suppress(BrokenPipeError):  # it is gone, which reading will tell
             os.write(self._requests, json.dumps(request).encode() + b"\n")
-        text = self._read(deadline)
+
+    def receive(self, timeout_s: float = math.inf) -> dict[str, Any] | None:
+        """The answer to what was sent last, as ``ask`` gives it."""
+        text = self._read(time.monotonic() + timeout_s)
         if text is not None:
             answer: dict[str, Any] = json.loads(text)
             return answer
         self.end()
         return None
+
+    def kill(self) -> None:
+        """End it whatever it does."""
+        if self._returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.end()
 
     def end(self) -> None:
         """Have it leave and wait until it has; kill it where it does not. Orphans of it are killed too."""
@@ -79,11 +99,17 @@ class Fork:
         if not self._has_ended():
             os.kill(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
+        _living.discard(self.pid)
         self._returncode = os.waitstatus_to_exitcode(status)
         self.leaving_s = time.monotonic() - start
         os.close(self._requests)
         os.close(self._replies)
         end_orphans()
+
+    @property
+    def returncode(self) -> int | None:
+        """``None`` while it lives; negative for a signal, as in ``subprocess``."""
+        return self._returncode
 
     @property
     def ending(self) -> str:
@@ -150,11 +176,13 @@ def adopt_orphans() -> None:
 
 
 def end_orphans() -> None:
-    """Kill and reap every child of this process: what a fork that has ended had started, whatever its session.
+    """Kill and reap every child of this process but its forks: what one that has ended had started, whatever its
+    session.
 
-    To be called only where no other child lives. A child's own children are adopted as it dies, hence the repetition.
+    To be called only where no child lives that was not forked here. A child's own children are adopted as it dies,
+    hence the repetition.
     """
-    while children := list(_children()):
+    while children := [pid for pid in _children() if pid not in _living]:
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,70 @@
+"""Which sizes are traced, and what happens where a trace is not what smaller ones foretold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from planner.virtual.scaling import TraceFamily
+from planner.virtual.trace import Trace
+
+
+class _Model:
+    """A step whose memory is affine in the batch size up to ``turn``, and takes one more block above it."""
+
+    def __init__(self, turn: int = 1 << 30) -> None:
+        self.turn = turn
+        self.traced: list[int] = []
+        self.started: list[int] = []
+
+    def trace(self, batch_size: int) -> Trace:
+        self.traced.append(batch_size)
+        trace = Trace()
+        trace.allocate(1000 + 10 * batch_size, "activation")
+        if batch_size > self.turn:
+            trace.allocate(77, "workspace")
+        return trace
+
+    def start(self, batch_sizes: Iterable[int]) -> None:
+        self.started += batch_sizes
+
+    def family(self) -> TraceFamily:
+        return TraceFamily(self.trace, self.start)
+
+
+def test_a_search_takes_three_traces() -> None:
+    model = _Model()
+    family = model.family()
+    for size in (8, 16, 100, 54, 55, 3, 4):
+        assert list(family.scaled(size).events.sizes) == [1000 + 10 * size]
+    assert (model.started, model.traced) == ([2, 5], [2, 5])
+    assert family.checked(54).exact
+    assert not family.checked(55).exact
+    assert model.traced == [2, 5, 54]
+
+
+def test_one_question_takes_one_trace() -> None:
+    model = _Model()
+    assert model.family().checked(54).exact
+    assert model.traced == [54]
+
+
+def test_a_single_sample_is_always_traced() -> None:
+    model = _Model()
+    family = model.family()
+    family.scaled(8)
+    family.checked(8)
+    assert family.checked(1).exact
+    assert model.traced == [2, 5, 8, 1]
+
+
+def test_a_trace_that_is_not_as_foretold_is_used() -> None:
+    model = _Model(turn=50)
+    family = model.family()
+    assert list(family.scaled(54).events.sizes) == [1540]
+    found = family.checked(54)
+    assert (found.surprising, found.exact, list(found.events.sizes)) == (True, True, [1540, 77])
+    # The next one is not taken on trust either; then the two larger ones foretell the third.
+    assert family.checked(55).surprising
+    assert not family.checked(56).surprising
+    assert list(family.checked(57).events.sizes) == [1570, 77]
+    assert model.traced == [2, 5, 54, 55, 56]
