@@ -50,6 +50,21 @@ def test_answers_one_request_after_another(child):
     assert child.alive
 
 
+def test_a_request_that_is_only_sent_is_worked_beside_the_caller(child, tmp_path):
+    child.send({"do": "double", "x" * 200_000: 1})  # more than a pipe takes at once
+    with pytest.raises(InternalError, match="unexpected keyword"):
+        child.receive(20)
+    child.send({"do": "where"})
+    assert child.receive(20)["path"]
+
+
+def test_what_is_sent_to_a_dead_child_is_told_when_its_reply_is_waited_for(child):
+    child.kill()
+    child.send({"do": "where"})
+    with pytest.raises(ChildDied):
+        child.receive(20)
+
+
 def test_is_a_session_of_its_own_with_an_empty_standard_input(child):
     there = child.request({"do": "where"}, 20)
     assert there["stdin"] == ""
