@@ -4,7 +4,7 @@
 
 Each finder runs in a process of its own on the same model, optimizer, precision and data, under the same limit of the
 caching allocator. Reported are its trials, the seconds of its search (for the others without imports and set-up, for
-ours with all of them) and of its whole process. Its answer is then run by one of our own trials, in a fresh process,
+ours with all of them; ``first_trial_s`` is when the first trial began) and of its whole process. Its answer is then run by one of our own trials, in a fresh process,
 and so is the next size. The case ``sweep`` is ours alone: six variants. Run from the repository's root; needs one idle
 GPU, lightning and accelerate.
 """
@@ -42,6 +42,7 @@ ACCELERATE_START = 512
 """``find_executable_batch_size`` only goes down and must be told where to begin."""
 CASES: dict[str, tuple[str, int, dict[str, list[str]]]] = {
     "gpt2": ("examples/gpt2-s1024.yaml", 80 * GIB, {"precision": ["bf16-amp"]}),
+    "gpt2-fp32": ("examples/gpt2-s1024.yaml", 80 * GIB, {"precision": ["fp32"]}),
     "unet": ("examples/unet.yaml", 40 * GIB, {"precision": ["bf16-amp"]}),
     "sweep": (
         "examples/gpt2-s1024.yaml",
@@ -180,6 +181,7 @@ def ours(spec: Spec, capacity_bytes: int) -> dict[str, Any]:
         "answer": plans[0].max_batch_size if len(plans) == 1 else None,
         "num_trials": sum(len(plan.trials) for plan in plans),
         "search_s": round(search_s, 2),
+        "first_trial_s": round(min(asked.values()), 2),
         "plans": [
             {
                 "variant": plan.variant.as_dict(), "max_batch_size": plan.max_batch_size, "certified": plan.certified,
@@ -229,11 +231,13 @@ def lightning(mode: str) -> Callable[[Spec, int], dict[str, Any]]:
             def train_dataloader(self) -> Any:
                 return torch.utils.data.DataLoader(samples, batch_size=self.batch_size)
 
+        (variant,) = spec.variants.product()
+        precision = {"fp32": "32-true", "bf16-amp": "bf16-mixed"}[variant.precision]
         module = Module()
         with tempfile.TemporaryDirectory() as folder:
             start = time.monotonic()
             trainer = pl.Trainer(
-                accelerator="gpu", devices=1, precision="bf16-mixed", max_epochs=1, logger=False,
+                accelerator="gpu", devices=1, precision=precision, max_epochs=1, logger=False,
                 enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
             )  # fmt: skip
             answer = Tuner(trainer).scale_batch_size(module, mode=mode, steps_per_trial=NUM_STEPS)
@@ -252,7 +256,8 @@ def accelerate(spec: Spec, capacity_bytes: int) -> dict[str, Any]:
 
     _, samples = _plain(spec, capacity_bytes)
     tried: list[int] = []
-    accelerator = Accelerator(mixed_precision="bf16")
+    (variant,) = spec.variants.product()
+    accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16-amp": "bf16"}[variant.precision])
 
     @find_executable_batch_size(starting_batch_size=ACCELERATE_START)  # type: ignore[untyped-decorator]
     def train(batch_size: int) -> int:
