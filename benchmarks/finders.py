@@ -4,9 +4,9 @@
 
 Each finder runs in a process of its own on the same model, optimizer, precision and data, under the same limit of the
 caching allocator. Reported are its trials, the seconds of its search (for the others without imports and set-up, for
-ours with all of them; ``first_trial_s`` is when the first trial began) and of its whole process. Its answer is then run by one of our own trials, in a fresh process,
-and so is the next size. The case ``sweep`` is ours alone: six variants. Run from the repository's root; needs one idle
-GPU, lightning and accelerate.
+ours with all of them; ``first_trial_s`` is when the first trial began) and of its whole process. Its answer is then run
+by one of our own trials, in a fresh process, and so is the next size. The case ``sweep`` is ours alone: six variants.
+Run from the repository's root; needs one idle GPU, lightning and accelerate.
 """
 
 from __future__ import annotations
