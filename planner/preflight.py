@@ -7,6 +7,7 @@ one side of the capacity. Nothing is measured here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from planner.devices import Device
 from planner.endurance import leak_of
@@ -55,7 +56,11 @@ def preflight(
     for variant in spec.variants.product():
         stored = _stored(store, spec, variant, kind)
         comparable = [found for found in stored if not differences(found.environment, here)]
-        decided = judge_measured(variant, comparable, batch_size, usable)
+        leaking = [found for found in comparable if leak_of(found.trial, found.capacity_bytes) is not None]
+        sound = [found for found in comparable if found not in leaking]
+        decided = judge_measured(variant, sound, batch_size, usable) or judge_leaking(
+            variant, leaking, batch_size, usable
+        )
         if decided is None:
             near = near_matches([found for found in stored if found not in comparable], here, batch_size, usable)
             decided = _predict(device, spec, variant, batch_size, near)
@@ -137,6 +142,18 @@ def judge_measured(
     )
 
 
+def judge_leaking(
+    variant: Variant, evidence: Sequence[StoredTrial], batch_size: int, capacity_bytes: int
+) -> VariantVerdict | None:
+    """What trials that leak say: that their few steps fitted is no evidence that training will."""
+    found = judge_measured(variant, evidence, batch_size, capacity_bytes)
+    if found is None:
+        return None
+    leaks = [leak_of(stored.trial, capacity_bytes) for stored in evidence]
+    words = next((leak.sentence() for leak in leaks if leak and leak.batch_size == found.evidence_batch_size), "a leak")
+    return replace(found, kind=VerdictKind.UNKNOWN, reason=f"{found.reason}, but there is {words}")
+
+
 def near_matches(
     others: Sequence[StoredTrial], here: Environment, batch_size: int, capacity_bytes: int
 ) -> tuple[str, ...]:
@@ -179,15 +196,8 @@ def _stored(store: PlanStore | None, spec: Spec, variant: Variant, gpu: Gpu) -> 
     if store is None:
         return []
     found = store.find_trials(spec.hash, variant, gpu=gpu.name, source=Source.MEASURED)
-    # What ran in a process whose GPU had been used before says less than what a new run will see, and what leaks says
-    # only that a few steps fit.
-    return [
-        stored
-        for stored in found
-        if stored.trial.fresh_process
-        and stored.trial.outcome is not Outcome.FAILED
-        and leak_of(stored.trial, stored.capacity_bytes) is None
-    ]
+    # What ran in a process whose GPU had been used before says less than what a new run will see.
+    return [stored for stored in found if stored.trial.fresh_process and stored.trial.outcome is not Outcome.FAILED]
 
 
 def _predict(device: Device, spec: Spec, variant: Variant, batch_size: int, near: Sequence[str]) -> VariantVerdict:

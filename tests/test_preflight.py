@@ -6,10 +6,11 @@ from planner.errors import InvalidArgument, ModelError
 from planner.gpus import default_capacity_bytes, find_gpu
 from planner.preflight import preflight
 from planner.processes import ChildTimeout
+from planner.specs.model import Headroom, SearchSpec
 from planner.specs.variants import Precision
 from planner.store import Store
 from planner.trials import Interval, Outcome, Source
-from planner.units import GIB
+from planner.units import GIB, MIB
 from planner.verdicts import VerdictKind
 from tests.planning_fakes import BF16, FP32, MemoryStore, ThresholdDevice, make_environment, make_spec, make_trial
 
@@ -108,6 +109,31 @@ def test_the_exact_run_wins_over_a_contradiction_elsewhere_and_a_plain_contradic
     assert ask(store=store_with(make_trial(9, Outcome.OOM), make_trial(12))).kind is NOT
     (variant,) = ask(store=store_with(make_trial(10), make_trial(8, Outcome.OOM))).variants
     assert variant.source is Source.PREDICTED
+
+
+LEAKING = {"allocated_after_step_bytes": [GIB + step * 12 * MIB for step in range(5)]}
+
+
+def test_a_measurement_that_leaks_is_no_evidence_that_training_fits():
+    leaking = make_trial(9, details=LEAKING)
+    verdict = ask(store=store_with(leaking), interval=(1, 2))
+    (variant,) = verdict.variants
+    assert (verdict.kind, variant.source, variant.evidence_batch_size) == (UNKNOWN, Source.MEASURED, 9)
+    assert "batch size 9 fitted" in variant.reason
+    assert "but there is a leak: at batch size 9 every step leaves 12.0 MiB more allocated" in variant.reason
+    assert ask(store=store_with(leaking, make_trial(12))).kind is FITS  # what did not leak decides
+    assert ask(12, store=store_with(leaking), interval=(1, 2)).kind is FITS  # nothing was measured there
+    assert ask(8, store=store_with(leaking, make_trial(8, Outcome.OOM)), interval=(1, 2)).kind is NOT
+
+
+def test_headroom_is_kept_free():
+    spec = make_spec(search=SearchSpec(headroom=Headroom(bytes=2 * GIB)))
+    assert ask(interval=(10 * GIB, 14 * GIB), spec=spec).kind is FITS
+    verdict = ask(interval=(10 * GIB, 15 * GIB), spec=spec)
+    assert (verdict.kind, verdict.capacity_bytes) == (UNKNOWN, CAPACITY)
+    assert any("14.00 GiB of 16.00 GiB may be used beside search.headroom" in note for note in verdict.notes)
+    assert ask(store=store_with(make_trial(9)), interval=(1, 2), spec=spec).variants[0].source is Source.PREDICTED
+    assert ask(store=store_with(make_trial(9), capacity=14 * GIB), spec=spec).variants[0].source is Source.MEASURED
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ def judge(plan: Plan, batch_size: int) -> Fit:
         largest, smallest_oom = plan.max_batch_size, plan.first_oom_batch_size
     if "headroom" in plan.question:  # it ran out of less than the capacity
         smallest_oom = None
+    if "leak" in plan.details:  # it fitted for a few steps
+        largest = None
     if largest is not None and batch_size <= largest:
         return Fit(plan=plan, fits=True, evidence_batch_size=largest)
     if smallest_oom is not None and batch_size >= smallest_oom:
