@@ -1,11 +1,14 @@
 """Measure training steps on a real GPU: the peaks that predictions are held against.
 
-    python benchmarks/measure_peaks.py SPEC... [--out FOLDER] [--seconds 500]     # FOLDER defaults to $OUT, else .
+    python benchmarks/measure_peaks.py SPEC... [--out FILE] [--predictions FILE] [--limit GIB] [--jobs N]
+        [--seconds S] [--trace-at N...]
 
-For each variant of each spec: the three peaks, allocation retries and step time at several batch sizes with no limit,
-and the largest batch size under a limit of 16 GiB with the first that ran out of memory; each trial in a fresh process,
-forked before CUDA was touched. And one recorded trace of allocator events at batch 4 (two steps). Writes
-``peaks.json.gz``. Run from the repository's root.
+For each variant of each spec: peaks and allocation retries at several batch sizes with no limit, the largest batch size
+under ``--limit`` with the first that ran out of memory, each trial in a fresh process forked before CUDA was touched;
+and recorded traces of allocator events (two steps) at the batch sizes of ``--trace-at``. ``--predictions``, as
+``benchmarks/predict_peaks.py`` writes them, say which batch sizes to run and where to look for the largest. ``--jobs``
+cases share the GPU: what an allocator holds does not depend on other processes, as long as there is memory for all.
+Results are written as they come. Run from the repository's root.
 """
 
 from __future__ import annotations
@@ -14,9 +17,13 @@ import argparse
 import gzip
 import json
 import os
+import select
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +37,69 @@ from planner.specs.variants import Variant
 from planner.training import Training, build_model
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-LIMIT_BYTES = 16 << 30
-TRIAL_TIMEOUT_S = 120
+"""Batch sizes where no prediction says which."""
+TRIAL_TIMEOUT_S = 60.0
+CASE_TIMEOUT_S = 240.0
+GIB = 1 << 30
 
 
-def in_fork(task: Any) -> dict[str, Any]:
+@dataclass(slots=True, eq=False)
+class Fork:
+    """A task in a forked process, and the end of the pipe that its result comes from."""
+
+    pid: int
+    pipe: int
+    deadline: float
+    leads_group: bool
+    text: bytes = b""
+
+    @classmethod
+    def start(cls, task: Callable[[], Any], timeout_s: float, *, group: bool = False) -> Fork:
+        """``group``: what the task forks in turn dies with it."""
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reading)
+            if group:
+                os.setpgid(0, 0)
+            try:
+                result = task()
+            except torch.OutOfMemoryError:
+                result = {"oom": True}
+            except BaseException:  # noqa: BLE001 - the parent reports it
+                result = {"error": traceback.format_exc()[-1500:]}
+            with os.fdopen(writing, "w") as pipe:
+                json.dump(result, pipe)
+            os._exit(0)
+        os.close(writing)
+        return cls(pid, reading, time.monotonic() + timeout_s, group)
+
+    def read(self) -> bool:
+        """Take what has come; whether that was all."""
+        piece = os.read(self.pipe, 1 << 20)
+        self.text += piece
+        return not piece
+
+    def result(self, *, late: bool = False) -> dict[str, Any]:
+        """To be called once ``read`` said that all has come, or the deadline passed."""
+        os.close(self.pipe)
+        if late:
+            (os.killpg if self.leads_group else os.kill)(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        if late:
+            return {"error": "out of time"}
+        return dict(json.loads(self.text)) if self.text else {"error": "the process died"}
+
+
+def in_fork(task: Callable[[], Any], timeout_s: float = TRIAL_TIMEOUT_S) -> dict[str, Any]:
     """``task()`` in a forked process: its result, or how it died."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reading)
-        try:
-            result = task()
-        except torch.OutOfMemoryError:
-            result = {"oom": True}
-        except Exception:  # noqa: BLE001 - the parent reports it
-            result = {"error": traceback.format_exc()[-1500:]}
-        with os.fdopen(writing, "w") as pipe:
-            json.dump(result, pipe)
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        text = pipe.read()
-    os.waitpid(pid, 0)
-    return json.loads(text) if text else {"error": "the process died"}
+    fork = Fork.start(task, timeout_s)
+    while True:
+        ready, _, _ = select.select([fork.pipe], [], [], max(0.0, fork.deadline - time.monotonic()))
+        if not ready:
+            return fork.result(late=True)
+        if fork.read():
+            return fork.result()
 
 
 def trial(
@@ -66,100 +112,164 @@ def trial(
     if limit is not None:
         torch.cuda.set_per_process_memory_fraction(limit / total)
     training = Training(spec, variant, model, torch.device("cuda", 0))
-    times = []
+    marks = []
     for _ in range(2 if trace else 3):
-        start = time.perf_counter()
+        if trace:
+            marks.append(len(torch.cuda.memory._snapshot()["device_traces"][0]))
         training.step(batch_size)
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    free, _ = torch.cuda.mem_get_info()
     result: dict[str, Any] = {
         "alloc": torch.cuda.max_memory_allocated(),
         "reserved": torch.cuda.max_memory_reserved(),
-        "device": total - free,
         "retries": torch.cuda.memory_stats()["num_alloc_retries"],
-        "step_s": min(times[1:]),
     }
     if trace:
         events = torch.cuda.memory._snapshot()["device_traces"][0]
         result["events"] = [[e["action"], e["addr"], e["size"], e["stream"]] for e in events]
+        result["marks"] = marks
     return result
 
 
-def largest(spec: Spec, variant: Variant, model: torch.nn.Module, fits: int, deadline: float) -> dict[str, Any] | None:
-    """The largest batch size under the limit and the first that ran out, by doubling and bisection in fresh
-    processes."""
+def largest(run: Callable[[int], dict[str, Any]], expected: int, sure: bool, deadline: float) -> dict[str, Any] | None:
+    """The largest batch size under the limit and the first that ran out.
+
+    ``sure``: ``expected`` is a prediction, so its neighbour is tried next, then ever farther ones; else twice as much.
+    """
     low, high, best = 0, None, None
-    size = max(1, fits)
+    size, stride = max(1, expected), 1 if sure else max(1, expected)
     while time.monotonic() < deadline:
-        result = in_fork(lambda: trial(spec, variant, model, size, LIMIT_BYTES))  # noqa: B023 - run at once
-        if "error" in result:
-            return {"error": result["error"]}
+        result = run(size)
         if "oom" in result:
             high = size
+        elif "error" in result:
+            return {"error": result["error"], "at": size}
         else:
             low, best = size, result
         if high is not None and high - low <= 1:
             return {"max": low, "first_oom": high, **(best or {})}
-        size = (low + high) // 2 if high is not None else size * 2
+        if high is None:
+            size, stride = low + stride, stride * 2
+        elif low == 0:
+            size, stride = max(1, high - stride), stride * 2
+        else:
+            size = (low + high) // 2
     return None
 
 
-def measure(spec: Spec, variant: Variant, deadline: float) -> dict[str, Any]:
+def measure(
+    spec: Spec, variant: Variant, predicted: dict[str, Any] | None, options: argparse.Namespace, deadline: float
+) -> dict[str, Any]:
     """One variant, in a process of its own, so that no model leaves anything behind for the next."""
     model = build_model(spec)
+    limit = options.limit * GIB
+    traces = {
+        f"trace_at_{size}": in_fork(lambda: trial(spec, variant, model, size, None, trace=True))  # noqa: B023
+        for size in options.trace_at
+    }
+    sizes = [point["batch_size"] for point in predicted["points"]] if predicted else SIZES
     peaks: dict[str, Any] = {}
-    for size in SIZES:
+    for size in sizes:
+        if time.monotonic() > deadline:
+            break
         result = in_fork(lambda: trial(spec, variant, model, size, None))  # noqa: B023 - run at once
         peaks[str(size)] = result
-        if "alloc" not in result or result["reserved"] > 60 << 30:
+        if "alloc" not in result or result["reserved"] > 2 * limit:
             break
-    fitting = [int(size) for size, peak in peaks.items() if peak.get("reserved", LIMIT_BYTES) < LIMIT_BYTES]
-    bound = largest(spec, variant, model, max(fitting, default=1), deadline) if "alloc" in peaks["1"] else None
-    trace = in_fork(lambda: trial(spec, variant, model, 4, None, trace=True))
-    return {"peaks": peaks, "max_batch": {"16": bound}, "trace_at_4": trace}
+    bound = None
+    if any("alloc" in peak for peak in peaks.values()):
+        fitting = [int(size) for size, peak in peaks.items() if peak.get("reserved", limit) < limit]
+        expected = predicted["max"] if predicted else max(fitting, default=1)
+        bound = largest(
+            lambda size: in_fork(lambda: trial(spec, variant, model, size, limit)),
+            expected,
+            predicted is not None,
+            deadline,
+        )
+    return {"peaks": peaks, "max_batch": {str(options.limit): bound}, **traces}
+
+
+def _say(case: dict[str, Any], label: str, predicted: dict[str, Any] | None, seconds: float, limit: int) -> None:
+    peaks, bound = case.get("peaks", {}), case.get("max_batch", {}).get(str(limit))
+    first = (case | next(iter(peaks.values()), {})).get("error", "").strip().splitlines()[-1:]
+    sizes = bound and (bound.get("max"), bound.get("first_oom"))
+    expected = predicted["max"] if predicted else "-"
+    errors = []
+    for point in predicted["points"] if predicted else []:
+        peak = peaks.get(str(point["batch_size"]), {})
+        if "alloc" in peak:
+            errors.append(
+                f"{point['batch_size']}: {point['alloc'] / peak['alloc'] - 1:+.2%} "
+                f"{point['reserved'] / peak['reserved'] - 1:+.2%}"
+            )
+    line = f"{seconds:4.0f}s {case['case']:22} {label:22} {limit} GiB: {sizes} predicted {expected}"
+    print(line, " | ".join(errors), *first, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("specs", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
+    parser.add_argument("--out", type=Path, default=Path("peaks.json.gz"))
+    parser.add_argument("--predictions", type=Path)
+    parser.add_argument("--limit", type=int, default=16, help="GiB")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=500.0)
+    parser.add_argument("--trace-at", type=int, nargs="*", default=[4])
     options = parser.parse_args()
     import transformers
 
     torch.set_num_threads(1)  # a process with a pool of OpenMP threads does not survive a fork
     start = time.monotonic()
     deadline = start + options.seconds
-    cases = []
-    options.out.mkdir(parents=True, exist_ok=True)
-    for path in options.specs:
-        spec = load_spec(path)
-        for variant in spec.variants.product():
-            if time.monotonic() > deadline:
-                print("out of time before", path.stem, variant.label())
-                continue
-            case = in_fork(lambda: measure(spec, variant, deadline))  # noqa: B023 - run at once
-            cases.append({"case": path.stem, "variant": variant.as_dict(), **case})
-            peaks, bound = case.get("peaks", {}), case.get("max_batch", {}).get("16")
-            first = (case | peaks.get("1", {})).get("error", "").strip().splitlines()[-1:] or ""
-            sizes = bound and (bound.get("max"), bound.get("first_oom"))
-            allocated = peaks.get("4", {}).get("alloc", 0) / 2**20
-            print(
-                f"{time.monotonic() - start:5.0f}s {path.stem:28} {variant.label():32} "
-                f"B4 {allocated:9.1f} MiB  16GiB: {sizes} {first}",
-                flush=True,
-            )
-            with gzip.open(options.out / "peaks.json.gz", "wt") as file:
-                json.dump(
-                    {
-                        "torch": torch.__version__,
-                        "transformers": transformers.__version__,
-                        "command": "python benchmarks/measure_peaks.py measurements/specs/*.yaml",
-                        "cases": cases,
-                    },
-                    file,
-                )
+    predictions: dict[str, Any] = {}
+    if options.predictions:
+        for case in json.loads(options.predictions.read_text())["cases"]:
+            if "error" not in case:
+                predictions[case["case"] + json.dumps(case["variant"], sort_keys=True)] = case
+    waiting = [(path.stem, load_spec(path), variant) for path in options.specs
+               for variant in load_spec(path).variants.product()]  # fmt: skip
+    waiting.reverse()
+    running: dict[Fork, tuple[str, Variant, Any]] = {}
+    cases: list[dict[str, Any]] = []
+    written = start
+
+    def write() -> None:
+        document = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "command": "python " + " ".join(sys.argv),
+            "cases": cases,
+        }
+        partial = options.out.with_suffix(".partial")
+        with gzip.open(partial, "wt", compresslevel=6) as file:
+            json.dump(document, file, separators=(",", ":"))
+        partial.replace(options.out)
+
+    while waiting or running:
+        while waiting and len(running) < options.jobs and time.monotonic() < deadline:
+            name, spec, variant = waiting.pop()
+            predicted = predictions.get(name + json.dumps(variant.as_dict(), sort_keys=True))
+
+            def task(spec: Any = spec, variant: Any = variant, predicted: Any = predicted) -> dict[str, Any]:
+                return measure(spec, variant, predicted, options, deadline)
+
+            left = min(CASE_TIMEOUT_S, max(1.0, deadline - time.monotonic() + 10))
+            running[Fork.start(task, left, group=True)] = (name, variant, predicted)
+        if not running:
+            break
+        ready, _, _ = select.select([fork.pipe for fork in running], [], [], 0.5)
+        for fork in list(running):
+            late = time.monotonic() > fork.deadline
+            if late or (fork.pipe in ready and fork.read()):
+                name, variant, predicted = running.pop(fork)
+                case = {"case": name, "variant": variant.as_dict(), **fork.result(late=late)}
+                cases.append(case)
+                _say(case, variant.label(), predicted, time.monotonic() - start, options.limit)
+        if time.monotonic() - written > 20:
+            write()
+            written = time.monotonic()
+    for name, _, variant in waiting:
+        print("out of time before", name, variant.label())
+    write()
 
 
 if __name__ == "__main__":

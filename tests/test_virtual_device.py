@@ -79,7 +79,7 @@ def test_a_known_mask_decides_the_shape_of_a_gradient(process: Process) -> None:
         size for size, operator in zip(trace["sizes"], trace["operators"], strict=True) if operator == "aten::index"
     ]
     assert gathered, "the gradient of the rows that were written is gathered by the mask"
-    assert all(size % row == 0 and size <= 3 * row for size in gathered)
+    assert any(size % row == 0 and 0 < size <= 3 * row for size in gathered), "whole rows, beside the positions"
 
 
 def test_weights_gradients_and_the_optimizers_state_are_allocated(process: Process) -> None:

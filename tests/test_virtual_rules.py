@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from planner.virtual.architecture import MIB, Architecture
-from planner.virtual.attention import choose_kernel
-from planner.virtual.kernels import Call, Kernels
+from planner.virtual.kernels import Kernels
 from planner.virtual.reductions import reduction_loops, semaphore_bytes, staging_buffer_bytes
+from planner.virtual.rules import Call
 from planner.virtual.trace import Formula
 
 aten = torch.ops.aten
@@ -90,46 +90,8 @@ def test_the_recorded_partial_sums_of_gpt2s_embedding() -> None:
     assert {36_040, 13_839_360} <= {size for _, size in found}
 
 
-def _attention(
-    architecture: Architecture, dtype: torch.dtype, mask: torch.Tensor | None = None, *, heads: int = 4, width: int = 64
-) -> str:
-    query = _meta(2, 4, 16, width, dtype=dtype)
-    key = _meta(2, heads, 16, width, dtype=dtype)
-    return choose_kernel(architecture, query, key, key, mask, heads != 4)
-
-
-def test_which_attention_kernel_runs() -> None:
-    assert _attention(HOPPER, torch.bfloat16) == "cudnn"
-    assert _attention(AMPERE, torch.bfloat16) == _attention(AMPERE, torch.float16) == "flash"
-    assert _attention(HOPPER, torch.float32) == _attention(AMPERE, torch.float32) == "efficient"
-    assert _attention(VOLTA, torch.float16) == "efficient"
-    assert _attention(VOLTA, torch.bfloat16) == "math"
-
-
-def test_which_attention_kernel_takes_a_mask() -> None:
-    mask = _meta(2, 1, 16, 16)
-    assert _attention(HOPPER, torch.bfloat16, mask) == "cudnn"
-    assert _attention(AMPERE, torch.bfloat16, mask) == "efficient"
-    learned = _meta(2, 1, 16, 16, requires_grad=True)
-    assert _attention(HOPPER, torch.bfloat16, learned) == "math"
-    assert _attention(AMPERE, torch.float32, learned) == "math"
-
-
-def test_which_attention_kernel_takes_odd_shapes() -> None:
-    assert _attention(HOPPER, torch.bfloat16, width=192) == "flash"
-    assert _attention(HOPPER, torch.bfloat16, width=63) == "flash"
-    assert _attention(AMPERE, torch.float32, width=63) == "math"
-    assert _attention(AMPERE, torch.bfloat16, heads=2) == "flash"
-    assert _attention(AMPERE, torch.float32, heads=2) == "math"
-
-
-def test_older_torch_does_not_prefer_cudnn() -> None:
-    older = Architecture(compute_capability=(9, 0), num_sms=132, torch_version=(2, 9))
-    assert _attention(older, torch.bfloat16) == "flash"
-
-
 def test_flash_attention_backward_takes_the_queries_gradient_in_float32() -> None:
-    query = _meta(2, 4, 100, 64)
+    query = _meta(2, 100, 4, 64).transpose(1, 2)
     found = _steps(AMPERE, aten._scaled_dot_product_flash_attention_backward, (query, query, query, query), 1, 2, 3)
     assert found[:3] == [("output", 0), ("output", 1), ("output", 2)]
     assert found[3:] == [("temporary", 4 * 2 * 4 * 128), ("temporary", 4 * 2 * 128 * 4 * 64)]

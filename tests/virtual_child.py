@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
+import json
 import sys
 import unittest.mock
 from collections.abc import Mapping
@@ -12,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from planner.allocator import AllocatorConfig, Events, replay
+from planner.errors import ModelError
 from planner.processes import Child, serve
 from planner.specs.document import parse_spec
 from planner.specs.variants import Variant
@@ -25,7 +29,7 @@ from planner.virtual.snapshot import snapshot_file
 from planner.virtual.trace import Trace
 from planner.virtual.tracing import prepare, trace_steps
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 H200 = Architecture(compute_capability=(9, 0), num_sms=132, torch_version=(2, 11))
 """What the measurements were taken with."""
 H200_BYTES = 150_109_880_320
@@ -175,6 +179,58 @@ def run(*, code: str) -> dict[str, Any]:
     return {"value": scope["result"]}
 
 
+def recorded_calls(*, path: str, benchmark: str, wanted: str, every: int) -> dict[str, Any]:
+    """One in ``every`` call of ``measurements/h200/kernels.json.gz`` in the group ``wanted``, made here: for each its
+    name, what the GPU allocated and freed, and what the virtual one does; sizes rounded to 512 bytes, frees by
+    number."""
+    spec = importlib.util.spec_from_file_location("measure_kernels", benchmark)
+    assert spec is not None
+    assert spec.loader is not None
+    measure: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measure)
+    measure.CUDA = "vgpu"
+    prepare(H200)
+    rows = json.loads(gzip.decompress(Path(path).read_bytes()))["calls"]
+    found = []
+    recorded = (row for row in rows if row["group"] == wanted)
+    for number, (row, (name, _, make)) in enumerate(zip(recorded, measure.GROUPS[wanted](), strict=True)):
+        if "events" in row and number % every == 0:
+            found.append([name, _rounded(row["events"]), _rounded(_events_of(make))])
+    return {"value": found}
+
+
+def _events_of(make: Any) -> list[int]:
+    """As ``benchmarks/measure_kernels.py`` records them; empty where the call needs values that are not known."""
+    kernels = Kernels(H200)
+    for thread in ("forward", "backward"):  # as after a first call
+        list(kernels.of_handles(torch.ops.aten.addmm, thread))
+    recorder = Recorder(kernels)
+    trace = recorder.trace
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), recorder:
+            call = make()
+            start = len(trace.events)
+            kept = call()
+            end = len(trace.events)
+    except ModelError:
+        return []
+    del kept, call
+    numbers: dict[int, int] = {}
+    events = []
+    for event in trace.events[start:end]:
+        block = event if event >= 0 else ~event
+        if trace.sizes[block] and event >= 0:
+            numbers[block] = len(numbers)
+            events.append(trace.sizes[block])
+        elif block in numbers:
+            events.append(-numbers[block] - 1)
+    return events
+
+
+def _rounded(events: list[int]) -> list[int]:
+    return [max(512, (event + 511) // 512 * 512) if event >= 0 else event for event in events]
+
+
 def _peak(trace: Trace) -> int:
     return replay(Events(trace.events, trace.sizes)).peak_allocated_bytes
 
@@ -182,5 +238,5 @@ def _peak(trace: Trace) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.setrecursionlimit(10_000)
-    handlers = (traced, copied_and_run, peaks, fits, scaled_and_traced, explained, snapshot, run)
+    handlers = (traced, copied_and_run, peaks, fits, scaled_and_traced, explained, snapshot, recorded_calls, run)
     serve({handler.__name__: handler for handler in handlers})

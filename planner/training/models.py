@@ -142,6 +142,9 @@ def _transformers(model: ModelSpec) -> torch.nn.Module:
             field="model.task",
             suggestion=nearest(model.task or "", fitting),
         )
+    if config.architectures is None:
+        # Where a type has several models for a task (deit), transformers 5 walks over the names that a config carries.
+        config.architectures = []
     return _built(model.name, lambda: auto.from_config(config))
 
 

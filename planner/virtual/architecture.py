@@ -7,6 +7,9 @@ from dataclasses import dataclass
 # Resident threads of one SM by compute capability: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability".
 _THREADS_PER_SM = {(7, 5): 1024, (8, 6): 1536, (8, 7): 1536, (8, 9): 1536, (12, 0): 1536, (12, 1): 1536}
+_SHARED_MEMORY_KIB = {
+    (7, 0): 96, (7, 2): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (12, 0): 99, (12, 1): 99,
+}  # fmt: skip
 MIB = 1 << 20
 
 
@@ -21,6 +24,12 @@ class Architecture:
     @property
     def threads_per_sm(self) -> int:
         return _THREADS_PER_SM.get(self.compute_capability, 2048)
+
+    @property
+    def shared_memory_per_block(self) -> int:
+        """Bytes that a block may ask for: CUDA C++ Programming Guide, "Technical Specifications per Compute
+        Capability"."""
+        return _SHARED_MEMORY_KIB.get(self.compute_capability, 227) * 1024
 
     @property
     def cublas_workspace_bytes(self) -> int:

@@ -7,37 +7,20 @@ order matters little to the peak of allocated bytes, and much to which cached bl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from planner.virtual import recurrent_kernels
+from planner.virtual import attention_kernels, index_kernels, recurrent_kernels
 from planner.virtual.architecture import Architecture
 from planner.virtual.convolutions import ELEMENT_BYTES, Direction, workspace_bytes
 from planner.virtual.reductions import Loop, reduction_loops, semaphore_bytes, staging_buffer_bytes
+from planner.virtual.rules import RULES, Call, Step, bytes_of, outputs, rule
 from planner.virtual.trace import Formula
 
 aten = torch.ops.aten
-
-Step = tuple[str, int | Formula]
-"""``("output", i)``: the i-th new storage that the operator returns; ``("size", formula)``: the bytes of the next
-output, where they are not affine in the batch size; ``("temporary", bytes)``: freed when the operator
-ends, last first; ``("workspace", bytes)``: a temporary that the kernel can do without, should it be refused; ``("kept",
-bytes)``: for the life of the process; ``("free", 0)``: the newest temporary is freed now; ``("doubt", bytes)``: nothing
-is allocated, but the call may take up to so much more or less."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One operator call as the recorder sees it: fake tensors in and out. A rule must keep none of them."""
-
-    packet: Any
-    args: Sequence[Any]
-    kwargs: dict[str, Any]
-    sizes: Sequence[int]
-    """Bytes of each new storage among the results, in order."""
+_MODULES_OF_RULES = (attention_kernels, index_kernels, recurrent_kernels)  # importing them declares their rules
 
 
 class Kernels:
@@ -54,8 +37,8 @@ class Kernels:
 
     def of_call(self, call: Call) -> Iterator[Step]:
         """What the kernels of ``call`` themselves allocate and free: the same for an equal call."""
-        rule = _RULES.get(call.packet)
-        return _outputs(call) if rule is None else rule(call, self.architecture)
+        found = RULES.get(call.packet)
+        return outputs(call) if found is None else found(call, self.architecture)
 
     def of_handles(self, packet: Any, thread: str) -> Iterator[Step]:
         """What the libraries that ``packet`` calls keep from the first call on each thread."""
@@ -82,29 +65,6 @@ class Kernels:
 
 _GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addmv, aten.mv}
 
-Rule = Callable[[Call, Architecture], Iterator[Step]]
-_RULES: dict[Any, Rule] = {}
-
-
-def _rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(rule: Rule) -> Rule:
-        for name in names:
-            packet = getattr(aten, name, None)
-            if packet is not None:  # an operator that this version of torch lacks is never called
-                _RULES[packet] = rule
-        return rule
-
-    return register
-
-
-_rule("_cudnn_rnn")(recurrent_kernels.forward)
-_rule("_cudnn_rnn_backward")(recurrent_kernels.backward)
-
-
-def _outputs(call: Call) -> Iterator[Step]:
-    for index in range(len(call.sizes)):
-        yield "output", index
-
 
 def is_modelled(packet: Any) -> bool:
     """Whether the temporary memory of this operator's kernels is described (for most operators: there is none)."""
@@ -115,38 +75,46 @@ def is_modelled(packet: Any) -> bool:
 # cuSOLVER, and loops.
 _UNMODELLED = {
     packet
-    for name in """sort topk kthvalue median mode unique_dim _unique2 unique_consecutive nonzero masked_select
-    index_put index_put_ _index_put_impl_ multinomial bincount histc _fft_r2c _fft_c2r _fft_c2c linalg_qr
-    linalg_inv_ex linalg_cholesky_ex _linalg_svd _linalg_eigh _linalg_solve_ex _linalg_det linalg_lu_factor_ex
-    _ctc_loss _cdist_forward _cdist_backward grid_sampler_3d_backward _grouped_mm
-    _scaled_grouped_mm segment_reduce""".split()
+    for name in """kthvalue median mode unique_dim _unique2 unique_consecutive multinomial bincount _fft_r2c _fft_c2r
+    _fft_c2c linalg_qr linalg_inv_ex linalg_cholesky_ex _linalg_svd _linalg_eigh _linalg_solve_ex _linalg_det
+    linalg_lu_factor_ex _ctc_loss _cdist_forward _cdist_backward grid_sampler_3d_backward _scaled_grouped_mm
+    segment_reduce""".split()
     if (packet := getattr(aten, name, None)) is not None
 }
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-@_rule("native_dropout")
+@rule("native_dropout")
 def _dropout(call: Call, _: Architecture) -> Iterator[Step]:
     """The mask is made before the result (``dropout_cuda``, aten/src/ATen/native/cuda/Dropout.cu)."""
     for index in reversed(range(len(call.sizes))):
         yield "output", index
 
 
-@_rule("sum", "mean", "amax", "amin", "prod", "linalg_vector_norm", "any", "all", "max", "min", "nansum")
+@rule("sum", "mean", "prod", "linalg_vector_norm", "any", "all", "max", "min", "amax", "amin", "nansum")
 def _reduction(call: Call, architecture: Architecture) -> Iterator[Step]:
-    """Partial results of reductions that span several thread blocks (``planner.virtual.reductions``)."""
-    yield from _outputs(call)
+    """Partial results of reductions that span several thread blocks (``planner.virtual.reductions``).
+
+    Integers are cast to the wider result's dtype first, floats while they are read: ``make_reduction`` of
+    aten/src/ATen/native/ReduceOpsUtils.h.
+    """
+    yield from outputs(call)
     tensor = call.args[0]
+    if not isinstance(tensor, torch.Tensor) or tensor.numel() == 0:
+        return
     if call.packet in (aten.sum, aten.prod, aten.nansum):
         yield from _promoted(tensor, call.kwargs.get("dtype"))
-    if isinstance(tensor, torch.Tensor) and tensor.numel() > 0:
-        position = 2 if call.packet is aten.linalg_vector_norm else 1
-        dims = call.args[position] if len(call.args) > position else call.kwargs.get("dim")
-        dims = (dims,) if isinstance(dims, int) and not isinstance(dims, bool) else dims
-        yield from _staging(tensor, tuple(dims) if isinstance(dims, (list, tuple)) else (), architecture)
+    position = 2 if call.packet is aten.linalg_vector_norm else 1
+    if call.packet in _EXTREMES:  # in their own dtype; with where they are, padded, where that is asked for
+        accumulator = tensor.element_size() if len(call.sizes) == 1 else 2 * _INDEX
+    else:
+        accumulator = max(4, tensor.element_size())  # sums of halves are float32
+    yield from _staging(tensor, _dims(call, position), architecture, accumulator)
+
+
+_EXTREMES = {aten.max, aten.min, aten.amax, aten.amin}
+_INDEX = 8
+_WELFORD = 16
+"""Bytes of ``WelfordData``, what a variance is accumulated in: aten/src/ATen/native/SharedReduceOps.h."""
 
 
 def _promoted(tensor: torch.Tensor, dtype: torch.dtype | None) -> Iterator[Step]:
@@ -159,10 +127,27 @@ def _promoted(tensor: torch.Tensor, dtype: torch.dtype | None) -> Iterator[Step]
         yield "temporary", tensor.numel() * wanted.itemsize
 
 
-def _staging(tensor: torch.Tensor, dims: tuple[int, ...], architecture: Architecture) -> Iterator[Step]:
-    """The temporaries of reducing ``tensor`` over ``dims`` (all when empty)."""
+@rule("var", "std", "var_mean", "std_mean")
+def _variance(call: Call, architecture: Architecture) -> Iterator[Step]:
+    """A reduction of means and squared differences: aten/src/ATen/native/cuda/ReduceMomentKernel.cu."""
+    yield from outputs(call)
+    if call.args[0].numel() > 0:
+        yield from _staging(call.args[0], _dims(call, 1), architecture, _WELFORD)
+
+
+def _dims(call: Call, position: int) -> tuple[int, ...]:
+    """The dimensions that are reduced, by position or by name; none for all."""
+    dims = call.args[position] if len(call.args) > position else call.kwargs.get("dim")
+    dims = (dims,) if isinstance(dims, int) and not isinstance(dims, bool) else dims
+    return tuple(dims) if isinstance(dims, (list, tuple)) else ()
+
+
+def _staging(
+    tensor: torch.Tensor, dims: tuple[int, ...], architecture: Architecture, accumulator: int = 4
+) -> Iterator[Step]:
+    """The temporaries of reducing ``tensor`` over ``dims`` (all when empty), with partial results of ``accumulator``
+    bytes."""
     loops = reduction_loops(tensor, dims)
-    accumulator = max(4, tensor.element_size())
     reduced = tuple(flag for _, _, flag in loops)
     numbers = tuple(number for size, stride, _ in loops for number in (size, stride))
     device = (architecture.num_sms, architecture.threads_per_sm)
@@ -183,142 +168,180 @@ def _of_loops(
     return size_of(accumulator, num_sms, threads_per_sm, loops)
 
 
-@_rule(
-    "native_layer_norm", "native_layer_norm_backward", "_softmax", "_softmax_backward_data", "_log_softmax",
-    "_log_softmax_backward_data", "native_group_norm", "native_group_norm_backward",
+@rule(
+    "native_layer_norm", "native_layer_norm_backward", "_softmax", "_log_softmax", "_log_softmax_backward_data",
 )  # fmt: skip
 def _contiguous_inputs(call: Call, _: Architecture) -> Iterator[Step]:
     """Kernels that first copy an input which is not contiguous (``expect_contiguous``): recorded trace of whisper.
 
-    aten/src/ATen/native/cuda/layer_norm_kernel.cu, SoftMax.cu, group_norm_kernel.cu.
+    aten/src/ATen/native/cuda/layer_norm_kernel.cu, SoftMax.cu.
     """
-    for item in call.args[:2]:
+    yield from _contiguous(call.args[:2])
+    yield from outputs(call)
+
+
+def _contiguous(items: Sequence[Any]) -> Iterator[Step]:
+    """Copies of those tensors that are not contiguous."""
+    for item in items:
         if isinstance(item, torch.Tensor) and not item.is_contiguous():
-            yield "temporary", _bytes(item)
-    yield from _outputs(call)
+            yield "temporary", bytes_of(item)
 
 
-@_rule("_foreach_norm")
+@rule("_foreach_norm")
 def _foreach_norm(call: Call, _: Architecture) -> Iterator[Step]:
     """Partial norms of every chunk of the largest tensor, for each tensor, in float32, made before the results:
     ``_foreach_tensor_norm_cuda_impl`` in aten/src/ATen/native/cuda/ForeachReduceOp.cu (``kChunkSize`` is 65,536)."""
     tensors = call.args[0]
     chunks = max(-(-tensor.numel() // 65_536) for tensor in tensors)
     yield "temporary", 4 * len(tensors) * chunks
-    yield from _outputs(call)
+    yield from outputs(call)
 
 
-@_rule("embedding")
-def _embedding(call: Call, _: Architecture) -> Iterator[Step]:
-    """``index_select`` on indices flattened by a copy where they are not contiguous
-    (aten/src/ATen/native/Embedding.cpp)."""
-    indices = call.args[1]
-    if not indices.is_contiguous():
-        yield "temporary", _bytes(indices)
-    yield from _outputs(call)
+@rule("_softmax_backward_data")
+def _softmax_backward(call: Call, _: Architecture) -> Iterator[Step]:
+    """The product of gradient and result, and contiguous copies: ``softmax_backward_cuda_out`` of
+    aten/src/ATen/native/cuda/SoftMax.cu; as large as the result (recorded calls)."""
+    yield from outputs(call)
+    yield "temporary", bytes_of(call.args[0])
+    yield from _contiguous(call.args[1:2])
 
 
-@_rule("embedding_dense_backward")
-def _embedding_backward(call: Call, _: Architecture) -> Iterator[Step]:
-    """More than 3072 indices are sorted and summed by segments: aten/src/ATen/native/cuda/Embedding.cu,
-    EmbeddingBackwardKernel.cu.
+@rule("_safe_softmax")
+def _safe_softmax(call: Call, _: Architecture) -> Iterator[Step]:
+    """Which elements are minus infinity, which rows have nothing else, and the zero that these become:
+    ``_safe_softmax`` of aten/src/ATen/native/transformers/attention.cpp; recorded calls."""
+    yield from outputs(call)
+    tensor = call.args[0]
+    yield "temporary", tensor.numel()
+    yield "temporary", tensor.numel() // max(1, tensor.shape[call.args[1]])
+    yield "temporary", tensor.element_size()
 
-    Temporaries as in the recorded trace of gpt2; 10 is ``NROWS_PER_THREAD``; partial sums are float32.
-    """
-    grad, indices, num_weights = call.args[0], call.args[1], call.args[2]
-    for item in (indices, grad):  # the gradient of what a recurrent layer reads is transposed: trace of lstm-lm
-        if not item.is_contiguous():
-            yield "temporary", _bytes(item)
-    count, width, rows = indices.numel(), grad.shape[-1], int(num_weights)
 
-    def sorting(size: Callable[..., int], *constants: int) -> Step:
-        return "temporary", Formula(partial(_while_sorting, size, *constants), (count,))
+@rule("native_group_norm")
+def _group_norm(call: Call, _: Architecture) -> Iterator[Step]:
+    """Scale and shift of each channel of each sample in float32, and a contiguous copy: group_norm_kernel.cu and
+    group_norm.cpp of aten/src/ATen/native; recorded calls."""
+    yield from _contiguous(call.args[:1])
+    yield from outputs(call)
+    yield "temporary", 4 * call.args[3] * call.args[4]
+    yield "temporary", 4 * call.args[3] * call.args[4]
 
-    yield sorting(_linear, 8, 0)  # sorted indices
-    yield sorting(_linear, 8, 0)  # where each came from
-    yield sorting(_linear, 8, 0)
-    yield sorting(_linear, 8, 50_687)  # cub's radix sort
+
+@rule("native_group_norm_backward")
+def _group_norm_backward(call: Call, _: Architecture) -> Iterator[Step]:
+    """Sums for each channel of each sample, then factors for each group, in float32: group_norm_kernel.cu."""
+    yield from _contiguous(call.args[:2])
+    yield from outputs(call)
+    samples, channels, groups = call.args[5], call.args[6], call.args[8]
+    for count in (channels, channels, groups, groups, channels):
+        yield "temporary", 4 * samples * count
+    yield "free", 1
+    yield "free", 1
+
+
+@rule("mse_loss", "smooth_l1_loss", "huber_loss")
+def _elementwise_loss(call: Call, architecture: Architecture) -> Iterator[Step]:
+    """Each element's loss, then their mean into a result that keeps the storage of as many:
+    aten/src/ATen/native/Loss.cpp; recorded calls."""
+    first = call.args[0]
+    reduction = call.args[2] if len(call.args) > 2 else call.kwargs.get("reduction", 1)
+    if reduction == 0:
+        yield from outputs(call)
+        return
+    yield "size", bytes_of(first)
+    yield from outputs(call)
+    yield "temporary", bytes_of(first)
+    yield from _staging(torch.empty(first.shape, device="meta"), (), architecture)
+
+
+@rule("binary_cross_entropy_with_logits", "kl_div")
+def _composite_loss(call: Call, architecture: Architecture) -> Iterator[Step]:
+    """Two intermediate tensors of the inputs' size and their mean: aten/src/ATen/native/Loss.cpp; recorded calls."""
+    yield "temporary", bytes_of(call.args[0])
+    yield "temporary", bytes_of(call.args[0])
+    yield from outputs(call)
+    yield from _staging(torch.empty(call.args[0].shape, device="meta"), (), architecture)
+
+
+@rule("logsumexp")
+def _logsumexp(call: Call, architecture: Architecture) -> Iterator[Step]:
+    """Maxima, then the exponentials of what is left: aten/src/ATen/native/ReduceOps.cpp; recorded calls."""
+    yield "temporary", call.sizes[0]
+    yield "temporary", call.sizes[0]
+    yield "temporary", call.sizes[0] // call.args[0].element_size()
     yield "free", 0
     yield "free", 0
-    yield from _outputs(call)
-    for slope, intercept in ((8, 0), (0, 8), (8, 0), (8, 0), (0, 8)):
-        yield sorting(_linear, slope, intercept)
-    yield sorting(_partial_sums, rows, 8)
-    yield sorting(_partial_sums, rows, 4 * width)
+    yield "temporary", bytes_of(call.args[0])
+    yield from outputs(call)
 
 
-def _while_sorting(size: Callable[..., int], *numbers: int) -> int:
-    """``size(*numbers)``, the last of which is how many indices there are, where so many are sorted."""
-    return size(*numbers) if numbers[-1] > 3072 else 0
+@rule("argmax", "argmin")
+def _extreme_index(call: Call, architecture: Architecture) -> Iterator[Step]:
+    """A reduction of values with where they are: aten/src/ATen/native/cuda/ReduceArgMaxKernel.cu."""
+    yield from outputs(call)
+    if call.args[0].numel() > 0:
+        yield from _staging(call.args[0], _dims(call, 1), architecture, 2 * _INDEX)
 
 
-def _linear(slope: int, intercept: int, number: int) -> int:
-    return slope * number + intercept
+@rule("im2col")
+def _im2col(call: Call, _: Architecture) -> Iterator[Step]:
+    """The result begins in the input's size and is resized: aten/src/ATen/native/cuda/Im2Col.cu; recorded calls."""
+    yield "temporary", bytes_of(call.args[0])
+    copies = list(_contiguous(call.args[:1]))
+    yield from copies
+    yield from outputs(call)
+    yield "free", len(copies)
 
 
-def _partial_sums(rows: int, bytes_each: int, number: int) -> int:
-    return bytes_each * (number // 10 + min(number, rows))
+@rule("col2im")
+def _col2im(call: Call, _: Architecture) -> Iterator[Step]:
+    """The result keeps the storage of as many elements as the columns have: aten/src/ATen/native/cuda/Col2Im.cu;
+    recorded calls."""
+    yield "size", bytes_of(call.args[0])
+    yield from outputs(call)
 
 
-@_rule("_scaled_dot_product_cudnn_attention")
-def _cudnn_attention(call: Call, _: Architecture) -> Iterator[Step]:
-    """Seed and offset, result, log-sum-exp, then a workspace of 256 B: recorded traces of bert-large and gpt2."""
-    yield "output", 2
-    yield "output", 3
-    yield "output", 0
-    yield "output", 1
-    yield "temporary", 256
+@rule("unfold_backward")
+def _unfold_backward(call: Call, _: Architecture) -> Iterator[Step]:
+    """The numbers up to the unfolded dimension's size: aten/src/ATen/native/UnfoldBackward.h."""
+    yield from outputs(call)
+    yield "temporary", _INDEX * call.args[1][call.args[2]]
 
 
-@_rule("_scaled_dot_product_cudnn_attention_backward")
-def _cudnn_attention_backward(call: Call, _: Architecture) -> Iterator[Step]:
-    """Queries' gradient and rows' sums in float32, in one workspace: traces of bert-large, gpt2 and vit-large.
-
-    Where heads are grouped, also the gradients of keys and values for each head of the queries: trace of qwen2.
-    """
-    yield from _outputs(call)
-    query, key = call.args[1], call.args[2]
-    batch, heads, length, head_dim = query.shape
-    expanded = 2 * batch * heads * key.shape[2] * head_dim * key.element_size() if key.shape[1] != heads else 0
-    yield "temporary", 4 * batch * heads * length * (head_dim + 1) + expanded + 256
+@rule(
+    "upsample_bicubic2d_backward", "_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa_backward",
+    "reflection_pad2d", "reflection_pad1d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+)  # fmt: skip
+def _contiguous_after_output(call: Call, _: Architecture) -> Iterator[Step]:
+    """Kernels that copy an input which is not contiguous once their result is there: recorded calls of channels-last
+    images."""
+    yield from outputs(call)
+    yield from _contiguous(call.args[:1])
 
 
-@_rule("_scaled_dot_product_flash_attention")
-def _flash_attention(call: Call, _: Architecture) -> Iterator[Step]:
-    """Result, log-sum-exp, then the random state: ``mha_fwd`` in
-    aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp."""
-    yield from _outputs(call)
+@rule("_grouped_mm")
+def _grouped_mm(call: Call, architecture: Architecture) -> Iterator[Step]:
+    """In bf16 the problem sizes and pointers of each group, and 512 bytes for each SM: recorded calls; the other dtypes
+    multiply group by group (aten/src/ATen/native/cuda/GroupedBlas.cpp)."""
+    yield from outputs(call)
+    offsets = call.args[2] if len(call.args) > 2 else call.kwargs.get("offs")
+    if call.args[0].dtype is torch.bfloat16 and isinstance(offsets, torch.Tensor):
+        yield "temporary", 60 * offsets.numel()
+        yield "temporary", 512 * architecture.num_sms
 
 
-@_rule("_scaled_dot_product_flash_attention_backward")
-def _flash_attention_backward(call: Call, _: Architecture) -> Iterator[Step]:
-    """``mha_bwd``: gradients, ``softmax_d``, the queries' gradient in float32, and expanded gradients for grouped
-    heads."""
-    yield from _outputs(call)
-    query, key = call.args[1], call.args[2]
-    batch, heads, length, head_dim = query.shape
-    rounded = -(-length // 128) * 128
-    width = 32 if head_dim <= 128 else 64
-    yield "temporary", 4 * batch * heads * rounded
-    yield "temporary", 4 * batch * rounded * heads * (-(-head_dim // width) * width)
-    if key.shape[1] != heads:
-        expanded = batch * key.shape[2] * heads * head_dim * key.element_size()
-        yield "temporary", expanded
-        yield "temporary", expanded
-
-
-@_rule("convolution")
+@rule("convolution")
 def _convolution(call: Call, architecture: Architecture) -> Iterator[Step]:
     """Copies of what is not contiguous, the result, then cuDNN's workspace (recorded trace of resnet50)."""
     inputs, weight, transposed = call.args[0], call.args[1], bool(call.args[6])
     last = _runs_channels_last(inputs, weight)
     yield from _copy(inputs, last)
     yield from _copy(weight, last)
-    yield from _outputs(call)
+    yield from outputs(call)
     yield from _workspace_of("dgrad" if transposed else "forward", inputs, weight, call.args[3:9], architecture)
 
 
-@_rule("convolution_backward")
+@rule("convolution_backward")
 def _convolution_backward(call: Call, architecture: Architecture) -> Iterator[Step]:
     """The input's gradient and its workspace, then the weights', then the bias's sum: traces of resnet50 and a U-Net.
 
@@ -356,7 +379,7 @@ def _runs_channels_last(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
 def _copy(tensor: torch.Tensor, channels_last: bool) -> Iterator[Step]:
     wanted = torch.channels_last if channels_last and tensor.dim() == 4 else torch.contiguous_format
     if not tensor.is_contiguous(memory_format=wanted):
-        yield "temporary", _bytes(tensor)
+        yield "temporary", bytes_of(tensor)
 
 
 def _workspace_of(

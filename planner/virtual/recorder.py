@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import itertools
 import sys
@@ -19,10 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from planner.errors import ModelError
 from planner.virtual import packing, recurrent, repeats, values
+from planner.virtual.attention import adds_in_place
 from planner.virtual.backend import NAME, kernels_beside_decompositions
 from planner.virtual.indices import check_indices
-from planner.virtual.kernels import Call, Kernels, Step, is_modelled
+from planner.virtual.kernels import Kernels, is_modelled
 from planner.virtual.owners import Owners
+from planner.virtual.rules import Call, Step
 from planner.virtual.trace import Doubt, Formula, Purpose, Trace
 
 aten = torch.ops.aten
@@ -64,6 +67,14 @@ def _is_composite(func: Any) -> bool:
     )
 
 
+def _is_assignment() -> bool:
+    """Whether an assignment to an item (``tensor[index] = number``) is what runs."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in _WRAPPERS:
+        frame = frame.f_back
+    return frame is not None and dis.opname[frame.f_code.co_code[frame.f_lasti]] in ("STORE_SUBSCR", "STORE_SLICE")
+
+
 @dataclass(slots=True)
 class _Seen:
     """What is known of an operator call from an equal one before it."""
@@ -86,7 +97,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.owners = Owners(self.trace)
         self.kernels = kernels
-        self._live: dict[int, tuple[Any, int]] = {}
+        self._live: dict[int, tuple[Any, int | None]] = {}
         self._answers: dict[repeats.Key, _Seen] = {}
         self._stopped = False
         # Of operators whose own shape function is missing or knows less than CUDA.
@@ -131,6 +142,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _ZERO.get(args[0].dtype, 0.0)
         if func is aten.add.Tensor and self._accumulates_in_place(args):
             return args[0]
+        if func is aten.add.Tensor and adds_in_place():
+            return aten.detach.default(args[0])
         if self._writes_in_place(func, args):
             self._record(func, args, kwargs, args[0])
             return args[0]
@@ -160,6 +173,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         values.adopt_constants(outputs)
         if real is not values.UNKNOWN:
             values.attach_values(outputs, real)
+        if func is aten.scalar_tensor.default and _is_assignment():
+            # ``tensor[index] = 1``: on CUDA the number stays in host memory (``THPVariable_setitem`` of
+            # torch/csrc/autograd/python_variable_indexing.cpp).
+            self._overlook(outputs.untyped_storage())
+            return outputs
         seen = None
         # What an operator does to its arguments' own layout or values, no answer tells.
         if repeated is not None and real is values.UNKNOWN and repeats.described(func, args, kwargs) == repeated:
@@ -189,6 +207,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         trace = self.trace
         owner = self.owners.enter_operator(in_optimizer=self.in_optimizer)
         temporaries: list[int] = []
+        in_host_memory = set(range(len(born)))
+        size: int | Formula | None = None
         packet, sizes = func._overloadpacket, [size for _, size in born]
         if seen is not None and seen.sizes == sizes:
             steps = seen.steps
@@ -196,17 +216,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             steps = list(self.kernels.of_call(Call(packet, args, kwargs, sizes)))
             if seen is not None:
                 seen.sizes, seen.steps = sizes, steps
-        formula: Formula | None = None
         for kind, value in itertools.chain(steps, self.kernels.of_handles(packet, self._thread())):
             if kind == "output":
                 assert isinstance(value, int)
-                self._birth(*born[value], name, owner, formula)
-                formula = None
+                self._birth(*born[value], name, owner, size)
+                in_host_memory.discard(value)
+                size = None
             elif kind == "size":
-                assert isinstance(value, Formula)
-                formula = value
+                size = value
             elif kind == "free":
-                trace.free(temporaries.pop())
+                assert isinstance(value, int)
+                trace.free(temporaries.pop(-1 - value))
             elif kind == "doubt":
                 assert isinstance(value, Formula)
                 trace.doubts.append(Doubt(name.removeprefix("aten::"), value, modelled=True))
@@ -222,6 +242,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             trace.doubts.append(Doubt(name.removeprefix("aten::"), Formula(int, (touched_bytes,)), modelled=False))
         for block in reversed(temporaries):  # as their C++ owners go out of scope
             trace.free(block)
+        for index in in_host_memory:
+            self._overlook(born[index][0])
 
     def _accumulates_in_place(self, args: Any) -> bool:
         """Whether this addition is the engine's, summing two gradients of one tensor, and CUDA would do it in place.
@@ -241,10 +263,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _writes_in_place(self, func: Any, args: Any) -> bool:
         """Whether these are zeros that the engine writes a gradient into, though not into a subclass's:
-        ``index_backward`` in torch/csrc/autograd/FunctionsManual.cpp, ``index_select_backward_symint`` in
-        aten/src/ATen/native/TensorAdvancedIndexing.cpp (recorded trace of lstm-tagger)."""
+        ``index_backward`` in torch/csrc/autograd/FunctionsManual.cpp, ``index_select_backward_symint`` and
+        ``gather_backward`` in aten/src/ATen/native/TensorAdvancedIndexing.cpp (recorded trace of lstm-tagger)."""
         accumulates = func is aten.index_put.default and len(args) > 3 and args[3]
-        return bool(accumulates or func is aten.index_add.default) and self._is_engine()
+        return bool(accumulates or func in (aten.index_add.default, aten.scatter_add.default)) and self._is_engine()
 
     def _is_engine(self) -> bool:
         """Whether the autograd engine itself asked: from its own thread, with no Python below but torch's."""
@@ -265,9 +287,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = self._live.get(tensor.untyped_storage()._cdata)
         return None if found is None else found[1]
 
-    def _birth(self, storage: torch.UntypedStorage, size: int, name: str, owner: int, formula: Formula | None) -> None:
+    def _overlook(self, storage: torch.UntypedStorage) -> None:
+        """Never take ``storage`` for a new one: it is in host memory."""
         key = storage._cdata
-        block = self.trace.allocate(formula or size, name, owner)
+        self._live[key] = (weakref.ref(storage, lambda _: self._live.pop(key, None)), None)
+
+    def _birth(
+        self, storage: torch.UntypedStorage, own: int, name: str, owner: int, size: int | Formula | None
+    ) -> None:
+        key = storage._cdata
+        block = self.trace.allocate(own if size is None else size, name, owner)
 
         def died(_: object) -> None:
             self._live.pop(key, None)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from planner.errors import InvalidSpec
 from planner.specs.model import Spec
 from planner.specs.variants import Compile, Variant
-from planner.virtual import attention, autocast, backend, composites, packing, recurrent
+from planner.virtual import attention, autocast, backend, composites, norms, packing, recurrent
 from planner.virtual.architecture import Architecture
 from planner.virtual.indices import IndexOutOfRange
 from planner.virtual.kernels import Kernels
@@ -37,6 +37,7 @@ def prepare(architecture: Architecture) -> torch.device:
     torch._C._set_only_lift_cpu_tensors(True)
     autocast.install(_note_cast)
     attention.install(architecture)
+    norms.install()
     recurrent.install()
     packing.install()
     composites.install()
