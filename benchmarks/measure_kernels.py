@@ -500,8 +500,34 @@ def products() -> Iterator[Case]:
         )
 
 
+def tables() -> Iterator[Case]:
+    """Gradients of embeddings around the sizes where the kernel changes."""
+    for rows in (2, 16, 64, 256, 384, 512, 513, 640, 1000, 1024, 2048, 4096):
+        for ratio in (2, 6, 8, 9, 10, 11, 12, 14, 16, 20, 24, 32, 48, 64, 100, 200):
+            for width in (64, 768):
+                count = rows * ratio
+                if 3072 < count <= 300_000:
+                    about = {"dtype": "float32", "rows": rows, "width": width, "count": count}
+                    table = _randn(rows, width, grad=True)
+                    yield (
+                        "embedding-backward",
+                        about,
+                        _gradient(lambda t, i: F.embedding(i, t), table, _indices(rows, count)),
+                    )
+    for rows, n in ((64, 1000), (8192, 1024), (16, 300_000)):
+        about = {"dtype": "bool", "shape": [rows, n]}
+        data = _simple(lambda x: x, lambda rows=rows, n=n: torch.ones(rows, n, device=CUDA, dtype=torch.bool))
+        for name in ("any", "all"):
+            yield name, about, _simple(getattr(torch, name), lambda data=data: data()())
+            yield (
+                f"{name}-dim",
+                about,
+                _simple(lambda x, name=name: getattr(torch, name)(x, -1), lambda data=data: data()()),
+            )
+
+
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
-    "attention": attention, "sorting": sorting, "indexing": indexing, "reducing": reducing, "products": products,
+    "attention": attention, "sorting": sorting, "indexing": indexing, "reducing": reducing, "products": products, "tables": tables,
 }  # fmt: skip
 
 
