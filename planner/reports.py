@@ -192,6 +192,16 @@ def summary(plans: Sequence[Plan]) -> list[str]:
     ]  # fmt: skip
 
 
+def further_answers(plan: Plan) -> list[str]:
+    """What one plan says beside its batch size: the fastest where it is a smaller one, what constraints cost, how a
+    global batch size is reached."""
+    if plan.status is not PlanStatus.PLANNED or not _size(plan):
+        return []
+    timed = _speed(plan)
+    fastest = _fastest([plan]) if timed and timed[0] != _size(plan) else ()
+    return [*_constrained([plan]), *fastest, *_accumulated([plan])]
+
+
 def _size(plan: Plan) -> int:
     """The batch size that the plan's figures are of; 0 = nothing fits."""
     if plan.batch_size is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from planner.reports import further_answers
 from planner.trials import Plan, PlanStatus, Source
 from planner.units import GIB, format_bytes
 
@@ -35,7 +37,7 @@ class PlanRow:
     num_trials: int
     created_at: datetime | None
     remarks: tuple[str, ...]
-    """The plan's notes, and why it failed."""
+    """The plan's notes, why it failed, and what it answers beside its batch size."""
 
 
 def plan_row(plan: Plan) -> PlanRow:
@@ -58,7 +60,7 @@ def plan_row(plan: Plan) -> PlanRow:
         evidence=_evidence(plan),
         num_trials=len(plan.trials),
         created_at=plan.created_at,
-        remarks=(*error, *plan.notes),
+        remarks=(*error, *plan.notes, *further_answers(plan)),
     )
 
 
@@ -105,7 +107,9 @@ def _question(plan: Plan) -> tuple[Any, ...]:
         plan.spec_hash,
         -plan.capacity_bytes,
         axes,
+        variant.label(),
         plan.batch_size or 0,
+        json.dumps(plan.question, sort_keys=True),
         plan.source is not Source.MEASURED,
     )
 
