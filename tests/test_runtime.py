@@ -130,6 +130,25 @@ def test_a_warm_process_serves_one_capacity_which_may_be_less_than_the_devices(m
     assert [trial.fresh_process for trial in trials] == [True, True]
 
 
+def test_a_warm_process_serves_one_capacity(make_device):
+    device = make_device()
+    with device.open(make_spec(), BF16) as first, device.open(make_spec(), BF16, capacity_bytes=8 * GIB) as second:
+        trials = [first.run(3), second.run(3), second.run(4)]
+    assert [trial.fresh_process for trial in trials] == [True, True, False]
+    assert [trial.details["capacity"] for trial in trials] == [16 * GIB, 8 * GIB, 8 * GIB]
+
+
+def test_after_an_error_nothing_is_held(make_device):
+    seen = []
+    device = make_device(wait_idle=lambda uuid, needed, held: seen.append(held))
+    with device.open(make_spec(), BF16) as runner:
+        runner.run(3)
+        with pytest.raises(ModelError):
+            runner.run(106)
+        assert runner.run(3).fresh_process
+    assert seen[-1] == Held()
+
+
 def test_a_warm_process_serves_one_variant(make_device):
     device = make_device()
     with device.open(make_spec(), BF16) as first, device.open(make_spec(), FP32) as second:

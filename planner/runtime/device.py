@@ -136,6 +136,7 @@ class LocalDevice:
         except ChildError as error:
             reply = {"outcome": "failed", "error": str(error), "details": {"output": error.tail[-2000:]}}
         if "raised" in reply:
+            self._held = Held()
             raise _error_of(reply["raised"])
         warm_pid, held = reply.pop("warm_pid", None), reply.pop("held", {})
         self._held = Held(pids=(warm_pid, *held["pids"]), bytes=held["bytes"]) if warm_pid else Held()
