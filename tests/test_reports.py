@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from planner_api.schemas import PlanDocument
 
 from planner.errors import ModelError
 from planner.gpus import default_capacity_bytes, find_gpu, list_gpus
-from planner.reports import gpu_dict, plan_dict, summary, trial_dict, verdict_dict
+from planner.reports import ANSWERS, gpu_dict, plan_dict, summary, trial_dict, verdict_dict
 from planner.trials import Interval, Outcome, Peaks, Plan, PlanStatus, Source
 from planner.units import GIB
 from planner.verdicts import VariantVerdict, Verdict, VerdictKind
@@ -63,6 +64,15 @@ def test_a_search_in_the_contracts_words():
     assert data["samples_per_second"] == 36.0
     assert data["environment"]["driver_version"] == "580.1"
     assert (data["status"], data["stored"], data["error"], data["spec_name"]) == ("planned", False, None, "label")
+
+
+def test_every_further_answer_is_in_the_json_and_described_by_the_service():
+    answers = {name: {"batch_size": 8} for name in ANSWERS}
+    data = plan_dict(make_plan(details={**answers, "explanation": None}))
+    assert {name: data[name] for name in ANSWERS} == answers
+    assert set(ANSWERS) <= set(PlanDocument.model_fields)
+    assert PlanDocument(**data).model_dump()["fastest"] == {"batch_size": 8}
+    assert all(plan_dict(make_plan())[name] is None for name in ANSWERS)
 
 
 def test_one_batch_size_in_place_of_the_two():
