@@ -26,6 +26,24 @@ ANSWERS = (
 """What a plan's details may answer beside the largest batch size (``planner.choices``); ``null`` where there is
 nothing to say."""
 
+KIND_NAMES: Mapping[str, str] = {
+    "activations": "activations",
+    "recomputed_activations": "recomputed activations",
+    "gradients_in_flight": "gradients in flight",
+    "temporaries": "temporaries",
+    "parameters": "parameters",
+    "cast_parameters": "parameters cast by autocast",
+    "averaged_parameters": "averaged parameters",
+    "buffers": "buffers",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "inputs": "inputs",
+    "workspaces": "workspaces",
+    "kept": "kept by the model",
+}
+"""The kinds of memory of an explanation (``planner.virtual.explanation.Kind``), for people, in the order of a table
+where two are equal."""
+
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
     """A plan as ``probe`` and ``predict`` print it (contract, "JSON of probe and predict")."""

@@ -19,9 +19,9 @@ from planner.cli.explain import chosen_variants
 from planner.cli.explanation import CHART_ROWS, chart, print_advice, print_explanation
 from planner.cli.parts import Parts
 from planner.cli.tables import shares
-from planner.cli.wording import KINDS
 from planner.errors import InvalidArgument
 from planner.gpus import find_gpu
+from planner.reports import KIND_NAMES
 from planner.selection import Selected
 from planner.specs.model import Spec
 from planner.specs.variants import Checkpointing, Loss, Precision, Variant
@@ -112,7 +112,7 @@ def test_the_tables_show_both_moments_and_sum_up() -> None:
 
 
 def test_every_kind_has_a_name() -> None:
-    assert set(KINDS) == {str(kind) for kind in Kind}
+    assert set(KIND_NAMES) == {str(kind) for kind in Kind}
 
 
 def test_the_chart_keeps_its_size_and_its_highest_point() -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from api_fakes import GPT2, serving, store_plan
@@ -14,9 +15,14 @@ from planner_api.app import create_app
 from planner_api.settings import Settings
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from planner.allocator import AllocatorConfig, Events
 from planner.jobs import JobKind, JobRequest, JobState
 from planner.store import Store
 from planner.trials import PlanStatus, Source
+from planner.units import GIB, MIB
+from planner.virtual.explanation import explain
+from planner.virtual.scaling import Scaled
+from planner.virtual.trace import Phase, Purpose, Trace
 
 
 @dataclass
@@ -133,6 +139,64 @@ def test_a_variant_that_failed_says_why(visit: Visit, store: Store) -> None:
     expect(page.locator(".badge.unsupported")).to_be_visible()
 
 
+def _explanation() -> dict[str, Any]:
+    """A step that holds a batch and one activation for its backward pass."""
+    trace = Trace()
+    trace.owners += [("net.0", "weight"), ("net.0", ""), ("net.1", "")]
+    trace.mark("move")
+    trace.phases.append((0, Phase.MOVE))
+    trace.allocate(300 * MIB, "aten::_to_copy", 1, Purpose.PARAMETER)
+    for number in (1, 2):
+        trace.mark(f"step {number}")
+        trace.phases.append((len(trace.events), Phase.FORWARD))
+        saved = [trace.allocate(700 * MIB, "aten::mm", owner) for owner in (2, 3)]
+        trace.phases.append((len(trace.events), Phase.BACKWARD))
+        flowing = trace.allocate(400 * MIB, "aten::mm", 3)
+        for block in (*saved, flowing):
+            trace.free(block)
+    return explain(
+        Scaled(Events(trace.events, trace.sizes), trace, True, ()),
+        9,
+        config=AllocatorConfig(),
+        capacity_bytes=16 * GIB,
+        device_total_bytes=141 * GIB,
+        outside_bytes=751 * MIB,
+    )
+
+
+def test_a_plans_page_says_what_takes_the_memory(visit: Visit, store: Store) -> None:
+    store_plan(store, source=Source.MEASURED, details={"explanation": _explanation()})
+    page = visit.open("/gpus/h200")
+    page.get_by_role("link", name="fp32").click()
+    memory = page.locator("#memory")
+    expect(memory.get_by_role("heading")).to_have_text("What takes the memory at batch size 9")
+    expect(memory.locator(".badge")).to_have_text("predicted")  # whatever the plan itself is
+    rows = {row[0]: row[1:] for row in (text.split("\t") for text in memory.locator("tbody tr").all_inner_texts())}
+    assert rows["activations"] == ["1.37", "1.37"]
+    assert rows["= device"] == ["2.78", "2.78"]
+    parts = memory.locator(".stack span")
+    assert parts.count() == memory.locator(".legend li").count() == 4
+    widths = [box["width"] for part in parts.all() if (box := part.bounding_box())]
+    assert widths[0] == max(widths)
+    assert widths[0] / sum(widths) == pytest.approx(1400 / (2100 + 751), rel=0.02)
+    expect(page.locator("#modules")).to_contain_text("net.*")
+    expect(page.locator("#largest tbody tr")).to_have_count(4)
+    expect(page.locator("#largest tbody tr").last).to_contain_text("weight")
+    timeline = page.locator("#timeline svg polygon.allocated").bounding_box()
+    assert timeline is not None
+    assert timeline["height"] > 100
+    assert page.locator(".steps span").all_inner_texts() == ["step 1", "step 2"]
+    assert visit.problems == []
+
+
+def test_a_plan_that_was_not_explained_says_how_to(visit: Visit, store: Store) -> None:
+    plan = store_plan(store)
+    page = visit.open(f"/plans/{plan.id}")
+    expect(page.locator("#memory")).to_contain_text("planner explain")
+    assert page.locator(".badge").all_inner_texts() == ["predicted"]
+    assert visit.problems == []
+
+
 def test_a_gpu_type_without_plans(visit: Visit) -> None:
     page = visit.open("/gpus/A100-80GB")
     expect(page.get_by_role("heading", name="a100-80gb")).to_be_visible()
@@ -171,8 +235,12 @@ def test_pages_fit_the_screen_and_can_be_read(
     browser: Browser, visit: Visit, store: Store, width: int, scheme: str
 ) -> None:
     store_plan(store, variant=3, source=Source.MEASURED, model="my_project.models.segmentation:UNetWithAVeryLongName")
+    plan = store_plan(store, details={"explanation": _explanation()})
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)  # type: ignore[arg-type]
     page = context.new_page()
+    page.goto(f"{visit.url}/plans/{plan.id}")
+    expect(page.locator("#timeline svg")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.goto(f"{visit.url}/")
     expect(page.locator("figure .main-svg").first).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse
 from planner.errors import InvalidArgument, NotFound
 from planner.gpus import Gpu, find_gpu
 from planner.store import PlanFilter, Store
+from planner_api.memory import memory_view
 from planner_api.routers.jobs import RecordId
 from planner_api.routers.plans import every_plan
 from planner_api.service import ServiceDep
@@ -68,6 +69,13 @@ def job_page(job_id: RecordId, request: Request, service: ServiceDep) -> HTMLRes
     plans = [service.store.get_plan(plan_id) for plan_id in job.plan_ids]
     context = {"job": job, "rows": [plan_row(plan) for plan in plans]}
     return templates.TemplateResponse(request, "job.html", context)
+
+
+@router.get("/plans/{plan_id}")
+def plan_page(plan_id: RecordId, request: Request, service: ServiceDep) -> HTMLResponse:
+    plan = service.store.get_plan(plan_id)
+    context = {"plan": plan, "rows": [plan_row(plan)], "memory": memory_view(plan.details.get("explanation"))}
+    return templates.TemplateResponse(request, "plan.html", context)
 
 
 def _section(store: Store, name: str, num_plans: int, max_rows: int) -> GpuSection:

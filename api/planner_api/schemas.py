@@ -73,6 +73,9 @@ class PlanDocument(BaseModel):
     extra_trials: dict[str, Any] | None = Field(
         default=None, description="How many trials the answers beside the largest took, and how long"
     )
+    explanation: dict[str, Any] | None = Field(
+        default=None, description="What takes the memory: always predicted, for the batch size that it names"
+    )
     num_trials: int | None = None
     trials: list[Any] | None = None
 

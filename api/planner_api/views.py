@@ -17,6 +17,7 @@ from planner.units import GIB, format_bytes
 class PlanRow:
     """One plan as a row of a table. Sizes are in bytes; ``None`` shows as a dash."""
 
+    id: str | None
     model: str
     spec_name: str | None
     variant: str
@@ -44,6 +45,7 @@ def plan_row(plan: Plan) -> PlanRow:
     peaks, interval = plan.peaks, plan.reserved_interval
     error = (str(plan.error.get("message", "")),) if plan.error else ()
     return PlanRow(
+        id=plan.id,
         model=plan.model,
         spec_name=plan.spec_name,
         variant=plan.variant.label(),

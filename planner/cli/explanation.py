@@ -10,6 +10,7 @@ from rich.console import Console
 from planner.cli import wording
 from planner.cli.tables import plain_table
 from planner.cli.terminal import print_lines
+from planner.reports import KIND_NAMES
 from planner.specs.variants import variant_label
 from planner.units import format_bytes
 
@@ -45,12 +46,12 @@ def _print_kinds(console: Console, peaks: Mapping[str, Any]) -> None:
     moments = (peaks["allocated"], peaks["reserved"])
     numbers = ("most allocated, GiB", "share", "most reserved, GiB", " share")  # told apart by a space
     table = plain_table(console, "what takes the memory", *numbers, right=numbers)
-    kinds = sorted(wording.KINDS, key=lambda kind: -moments[0]["kinds"].get(kind, 0))
+    kinds = sorted(KIND_NAMES, key=lambda kind: -moments[0]["kinds"].get(kind, 0))
     for kind in kinds:
         counts = [moment["kinds"].get(kind, 0) for moment in moments]
         if any(counts):
             cells = [_cells(moment, count) for moment, count in zip(moments, counts, strict=True)]
-            table.add_row(wording.KINDS[kind], *cells[0], *cells[1])
+            table.add_row(KIND_NAMES[kind], *cells[0], *cells[1])
     for key, name in _SUMS.items():
         table.add_row(name, *_cells(moments[0], moments[0][key]), *_cells(moments[1], moments[1][key]))
     console.print(table)
@@ -91,7 +92,7 @@ def _print_largest(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         if " of " in row["tensor"]:
             key, _, of = row["tensor"].partition(" of ")
             name = f"{key} of {row['module']}.{of}" if row["module"] else row["tensor"]
-        kind = wording.KINDS[row["kind"]]
+        kind = KIND_NAMES[row["kind"]]
         table.add_row(name, format_bytes(row["bytes"]), kind, row["operator"], row["made"])
     console.print(table)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from planner.reports import KIND_NAMES
 from planner.trials import Outcome, Source, Trial
 from planner.units import GIB, format_bytes
 
@@ -100,25 +101,6 @@ def answer_line(plan: Mapping[str, Any]) -> str:
     return f"{sizes_line(plan)} ({evidence(plan)}, {counted(plan.get('num_trials') or 0, 'trial')})"
 
 
-KINDS = {
-    "activations": "activations",
-    "recomputed_activations": "recomputed activations",
-    "gradients_in_flight": "gradients in flight",
-    "temporaries": "temporaries",
-    "parameters": "parameters",
-    "cast_parameters": "parameters cast by autocast",
-    "averaged_parameters": "averaged parameters",
-    "buffers": "buffers",
-    "gradients": "gradients",
-    "optimizer_state": "optimizer state",
-    "inputs": "inputs",
-    "workspaces": "workspaces",
-    "kept": "kept by the model",
-}
-"""The kinds of memory of an explanation (``planner.virtual.explanation.Kind``), for people, in the order of a table
-where two are equal."""
-
-
 def shares(plan: Mapping[str, Any]) -> str | None:
     """What takes most of the memory: ``batch size 9: activations 62%, gradients in flight 25%, optimizer state 7%``."""
     explanation = plan.get("explanation")
@@ -126,6 +108,6 @@ def shares(plan: Mapping[str, Any]) -> str | None:
         return None
     peak = explanation["peaks"]["allocated"]
     ranked = sorted(peak["kinds"].items(), key=lambda item: -item[1])
-    parts = [(KINDS[kind], round(100 * count / peak["allocated_bytes"])) for kind, count in ranked]
+    parts = [(KIND_NAMES[kind], round(100 * count / peak["allocated_bytes"])) for kind, count in ranked]
     named = ", ".join(f"{kind} {share}%" for kind, share in parts[:4] if share)
     return f"batch size {explanation['batch_size']}: {named}"
