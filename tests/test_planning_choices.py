@@ -279,11 +279,11 @@ def test_a_contradiction_that_the_trials_for_speed_find_is_named():
 
 
 def test_a_predicted_hole_is_tried_on_the_real_gpu():
-    gpu, virtual = Gpu(holes=frozenset({9})), Gpu(PREDICTED, holes=frozenset({9}))
+    gpu, virtual = Gpu(holes=frozenset({16})), Gpu(PREDICTED, holes=frozenset({16}))
     plan = plan_of(gpu, QUIET, predictor=virtual)
     assert plan.predicted_max_batch_size == 64
-    assert plan.details["not_monotone"] == {"oom_below": [9]}
-    assert gpu.sizes() == [64, 65, 9]
+    assert plan.details["not_monotone"] == {"oom_below": [16]}
+    assert gpu.sizes() == [64, 65, 16]
 
 
 def test_all_of_it_survives_the_real_store(tmp_path):

@@ -87,24 +87,29 @@ class VirtualDevice:
     def ask(self, spec: Spec, request: dict[str, Any]) -> dict[str, Any]:
         """The reply of the process that has built the model of ``spec``. Raises what building or tracing it raises."""
         with self._lock:
-            child = self._child(spec)
             try:
-                if spec.hash in self._opening:
-                    self._opened(spec, child)
-                return child.request(request, self.timeout_s)
+                return self._opened(spec).request(request, self.timeout_s)
             except ChildDied as error:
                 if error.returncode == -signal.SIGKILL:  # the kernel's, when the machine's memory runs out
                     raise
                 message = f"the model ended the process that it ran in, which {describe_exit(error.returncode)}"
                 raise ModelError(message, field="model") from error
 
-    def _opened(self, spec: Spec, child: Child) -> None:
-        self._opening.discard(spec.hash)
-        try:
-            child.receive(self.timeout_s)
-        except BaseException:
-            self._preloaded.pop(spec.hash).kill()
-            raise
+    def wait(self, spec: Spec) -> None:
+        """Wait until the preloaded process is ready. Raises what building the model raises."""
+        with self._lock:
+            self._opened(spec)
+
+    def _opened(self, spec: Spec) -> Child:
+        child = self._child(spec)
+        if spec.hash in self._opening:
+            self._opening.discard(spec.hash)
+            try:
+                child.receive(self.timeout_s)
+            except BaseException:
+                self._preloaded.pop(spec.hash).kill()
+                raise
+        return child
 
 
 class VirtualRunner:
@@ -170,6 +175,9 @@ class VirtualRunner:
                 "traced": reply["traced"],
                 "traced_batch_sizes": reply["traced_batch_sizes"],
                 "unmodelled": reply["unmodelled"],
+                "num_events": reply["num_events"],
+                "num_replays": reply["num_replays"],
+                "timings": reply["timings"],
                 **({"notes": reply["notes"]} if reply["notes"] else {}),
             },
             duration_s=duration_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +51,14 @@ def predict_trial(
     ``needed``, the smallest capacity under which the step runs, between its peak of allocated bytes and what it would
     reserve with no limit, with the interval that the true figure is expected in. Any other only narrows a search.
     """
+    start = time.perf_counter()
     scaled = family.checked(batch_size) if fresh else family.scaled(batch_size)
+    traced = time.perf_counter()
+    replayed = 0
 
     def run(capacity: int | None) -> Any:
+        nonlocal replayed
+        replayed += 1
         return replay(scaled.events, config, capacity, device_total_bytes=device_total_bytes)
 
     limited = run(capacity_bytes)
@@ -77,6 +83,8 @@ def predict_trial(
         reply["needed"] = _interval(needed, scaled, compute_capability)
     if limited.oom is not None:
         reply["error"] = str(limited.oom.error)
+    reply["num_events"], reply["num_replays"] = len(scaled.events), replayed
+    reply["timings"] = {"tracing_s": round(traced - start, 4), "replay_s": round(time.perf_counter() - traced, 4)}
     return reply
 
 
