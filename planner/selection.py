@@ -98,12 +98,17 @@ def choose(
     return Choice(gpu=gpu, local=local, capacity_bytes=capacity, notes=tuple(notes))
 
 
+def check_on(on: str | None, predicted_only: bool) -> None:
+    """Raises ``InvalidArgument`` for a prediction that is to be measured on some GPU."""
+    if on is not None and predicted_only:
+        raise InvalidArgument("a prediction runs on no GPU; name the type that it is for in gpu", field="on")
+
+
 def _choose_on(
     on: str, name: str | None, capacity_bytes: int | None, predicted_only: bool, here: Sequence[LocalGpu]
 ) -> Choice:
     """``on`` measures under the capacity of ``name``, or of its own where that is not given."""
-    if predicted_only:
-        raise InvalidArgument("a prediction runs on no GPU; name the type that it is for in gpu", field="on")
+    check_on(on, predicted_only)
     types = {card.gpu.name: card for card in reversed(here)}
     local = types.get(on) or types.get(find_gpu(on, field="on").name)
     if local is None:

@@ -349,6 +349,7 @@ def test_jobs_in_a_store(spec: str, store_flag: str, capsys: pytest.CaptureFixtu
     assert run(["jobs", "watch", job["id"], store_flag]) == 2
     assert "was cancelled" in capsys.readouterr().err
     assert run(["jobs", "submit", spec, "--kind", "guess", store_flag]) == 2
+    assert run(["jobs", "submit", spec, "--kind", "predict", "--on", "h200", store_flag]) == 2
     assert run(["jobs", "show", "nothing", store_flag]) == 2
 
 

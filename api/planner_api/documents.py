@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from planner.errors import InvalidArgument, InvalidSpec, nearest
 from planner.gpus import find_gpu
+from planner.selection import check_on
 from planner.specs.document import parse_spec
 from planner.specs.files import parse_text
 from planner.specs.model import Spec
@@ -170,6 +171,5 @@ def _check(data: dict[str, Any], model: type[JobQuestion] | type[PreflightQuesti
 def _on(question: Question) -> str | None:
     if not isinstance(question, JobQuestion) or question.on is None:
         return None
-    if question.kind == "predict":
-        raise InvalidArgument("a prediction runs on no GPU; name the type that it is for in gpu", field="on")
+    check_on(question.on, question.kind == "predict")
     return find_gpu(question.on, field="on").name

@@ -24,8 +24,10 @@ class EmbeddedService:
 
     def submit(self, question: Mapping[str, Any], *, idempotency_key: str | None = None) -> dict[str, Any]:
         from planner.gpus import find_gpu
+        from planner.selection import check_on
 
         gpu, on = question.get("gpu"), question.get("on")
+        check_on(on, question["kind"] == JobKind.PREDICT)
         request = JobRequest(
             kind=JobKind(question["kind"]),
             spec=question["spec"],
