@@ -1,12 +1,16 @@
 """How well ``planner.virtual.convolutions`` knows workspaces that it was not shown; builds its table.
 
-    python benchmarks/convolutions.py            # cross-validation against measurements/h200/convolutions.json.gz
-    python benchmarks/convolutions.py --write    # build planner/virtual/convolutions_sm90.json.gz from it
+    python benchmarks/convolutions.py            # cross-validation
+    python benchmarks/convolutions.py --write    # build planner/virtual/convolutions_sm90.json.gz
 
-Each case is predicted from the table without this layer at this batch size (``batch``), without this layer (``layer``),
-and without every layer of its network (``network``; networks are told apart by the order in which
-``measure_convolutions.py`` met them: each starts with a convolution over 3 channels). Errors are in bytes over the
-bytes of the convolution's input and output.
+The table is made of ``measurements/h200/convolution-plans.json.gz``: what cuDNN answered on a GPU. Printed are
+
+- how far the table is from ``measurements/h200/convolutions.json.gz``: what PyTorch's convolutions were seen to
+  allocate on that GPU, nothing of which is in the table;
+- how far it is from the answers that are kept from it: for a share of the layers, all of them (``layer``: the most
+  similar ones decide), or those at every second batch size (``batch``).
+
+Errors are in bytes over the bytes of the convolution's input and output.
 """
 
 from __future__ import annotations
@@ -16,53 +20,96 @@ import gzip
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from planner.virtual import convolutions
-from planner.virtual.convolutions import DIRECTIONS, SEGMENT, UNSPLIT, Layer, Tensors, Workspace
+from planner.virtual.convolutions import DIRECTIONS, ELEMENT_BYTES, Workspace
+from planner.virtual.plans import TAIL, Layer, Recipe, Table, Tensors, copied, encode_line
 
 ROOT = Path(__file__).parents[1]
-MEASUREMENTS = ROOT / "measurements" / "h200" / "convolutions.json.gz"
+PLANS = ROOT / "measurements" / "h200" / "convolution-plans.json.gz"
+MEASURED = ROOT / "measurements" / "h200" / "convolutions.json.gz"
 TABLE = ROOT / "planner" / "virtual" / convolutions.TABLE
+TABLE_OF = {"bfloat16-nchw": Tensors(2, False), "bfloat16-nhwc": Tensors(2, True), "float32-nchw": Tensors(4, False)}
+BLOCK = 512  # the allocator's unit, thus the resolution of a measurement
+UNSPLIT = 1 << 20  # a rest of at most this much stays part of a large block
 MIB = 1 << 20
+CUBLASLT_WGRAD = 62  # cuDNN's engine that leaves the gradient of 1x1 weights to cuBLASLt
+MOST_EXTRA = 34 << 20  # more than this beside the copies was never seen
 
 
 class Row(NamedTuple):
     layer: Layer
     n: int
     tensors: Tensors
-    measured: dict[str, int]  # direction -> bytes
+    direction: str
+    bytes: int
+    engine: int = -1
 
 
-def rows() -> list[Row]:
-    with gzip.open(MEASUREMENTS, "rt") as file:
-        document = json.load(file)
-    result = []
-    for dtype, channels_last, n, c, k, groups, *sizes, forward, dgrad, wgrad in document["rows"]:
-        layer = Layer(c, k, groups, *(tuple(size) for size in sizes))
-        if channels_last and len(layer.input_size) == 1:
-            continue  # measured as NCHW
-        tensors = Tensors(convolutions.ELEMENT_BYTES[dtype], bool(channels_last))
-        result.append(Row(layer, n, tensors, {"forward": forward, "dgrad": dgrad, "wgrad": wgrad}))
-    return result
+def answers() -> list[Row]:
+    """What cuDNN said, as far as the table needs it."""
+    document = json.loads(gzip.decompress(PLANS.read_bytes()))
+    layers = [Layer(c, k, groups, *map(tuple, sides)) for c, k, groups, *sides in document["layers"]]
+    return [
+        Row(layers[index], n, TABLE_OF[kind], direction, plan[1], plan[0])
+        for key, columns in document["plans"].items()
+        for kind, direction in (key.split(" "),)
+        if kind in TABLE_OF
+        for index, column in enumerate(columns)
+        for n, plan in zip(document["batches"], column, strict=True)
+        if plan is not None and plan[1] >= 0 and not (TABLE_OF[kind].channels_last and len(layers[index].kernel) == 1)
+    ]
 
 
-def build(measured: list[Row]) -> dict[str, Any]:
-    """The table: layers, batch sizes, and for each kind of tensors and direction each one's recipe, null if unknown."""
-    layers = list(dict.fromkeys(row.layer for row in measured))
-    batches = sorted({row.n for row in measured})
-    position = {layer: index for index, layer in enumerate(layers)}
-    recipes: dict[str, list[list[str | None]]] = defaultdict(lambda: [[None] * len(batches) for _ in layers])
-    for row in measured:
-        for direction, measured_bytes in row.measured.items():
-            if measured_bytes >= 0:
-                recipe = convolutions.explain(row.layer, row.n, row.tensors, measured_bytes)
-                column = recipes[f"{row.tensors.key} {direction}"][position[row.layer]]
-                column[batches.index(row.n)] = recipe.encode()
-    fields = [(a.c, a.k, a.groups, a.kernel, a.stride, a.padding, a.dilation, a.input_size) for a in layers]
-    return {"layers": fields, "batches": batches, "recipes": dict(recipes)}
+def measured() -> list[Row]:
+    """What PyTorch's convolutions were seen to allocate, in multiples of 512 bytes."""
+    document = json.loads(gzip.decompress(MEASURED.read_bytes()))
+    return [
+        Row(layer, n, Tensors(ELEMENT_BYTES[dtype], bool(last)), direction, size)
+        for dtype, last, n, c, k, groups, *sides, forward, dgrad, wgrad in document["rows"]
+        for layer in (Layer(c, k, groups, *map(tuple, sides)),)
+        if not (last and len(layer.kernel) == 1)  # those run in NCHW
+        for direction, size in zip(DIRECTIONS, (forward, dgrad, wgrad), strict=True)
+        if size >= 0
+    ]
+
+
+def explain(row: Row) -> Recipe:
+    """The recipe behind a workspace: the set of copies that leaves the least unexplained."""
+    layer, tensors = row.layer, row.tensors
+    if row.bytes <= 2 * BLOCK:
+        return Recipe(extra=row.bytes)
+    if (row.direction, row.engine, layer.taps) == ("wgrad", CUBLASLT_WGRAD, 1) and not tensors.channels_last:
+        return Recipe(per_sample=True, extra=max(0, row.bytes - 4 * row.n * layer.weights))
+    if tensors.channels_last and layer.c % 8 == 0 == layer.k % 8:
+        return Recipe(extra=row.bytes)
+    parts = copied(layer, row.n, tensors)
+    found = Recipe(extra=row.bytes)
+    for copies in ("iow", "io", "iw", "ow", "i", "o", "w"):
+        rest = row.bytes - sum(parts[name] for name in copies) - TAIL
+        if 0 <= rest <= MOST_EXTRA and rest < found.extra:
+            found = Recipe(copies, extra=rest)
+    return found
+
+
+def build(rows: Iterable[Row]) -> dict[str, Any]:
+    """The table's content: layers, batch sizes, and a line of recipes for each layer, kind of tensors and direction."""
+    kept = [row for row in rows if not row.layer.depthwise]
+    layers = {layer: number for number, layer in enumerate(dict.fromkeys(row.layer for row in kept))}
+    batches = {n: number for number, n in enumerate(sorted({row.n for row in kept}))}
+    cells: dict[str, list[list[Recipe | None]]] = defaultdict(lambda: [[None] * len(batches) for _ in layers])
+    for row in kept:
+        cells[f"{row.tensors.key} {row.direction}"][layers[row.layer]][batches[row.n]] = explain(row)
+    return {
+        "batches": list(batches),
+        "layers": [
+            (at.c, at.k, at.groups, at.kernel, at.stride, at.padding, at.dilation, at.input_size) for at in layers
+        ],
+        "recipes": {key: [encode_line(line) for line in lines] for key, lines in sorted(cells.items())},
+    }
 
 
 def write(table: dict[str, Any]) -> None:
@@ -70,88 +117,61 @@ def write(table: dict[str, Any]) -> None:
     TABLE.write_bytes(gzip.compress(text.encode(), mtime=0))  # no time stamp: the same table gives the same file
 
 
-def networks(measured: list[Row]) -> dict[Layer, int]:
-    """A number for each network's layers; layers met twice belong to the first network that has them."""
-    result: dict[Layer, int] = {}
-    number = 0
-    for row in measured:
-        if row.layer not in result:
-            number += row.layer.family == "stem" and row.layer.kernel < (14, 14)
-            result[row.layer] = number
-    return result
+def error(seen: int, found: Workspace, rounded: bool) -> int:
+    """Bytes between what was seen and what is said; ``rounded`` where an unsplit block may be part of what was seen."""
+    rest = seen - found.bytes
+    return 0 if rounded and 0 <= rest <= (UNSPLIT if seen > MIB else 3 * BLOCK) else abs(rest)
 
 
-def error(measured: int, found: Workspace) -> int:
-    """Bytes between the prediction and the measurement, less what the measurement's unsplit blocks explain."""
-    rest = measured - found.bytes
-    if 0 <= rest <= 3 * convolutions.BLOCK or (measured % SEGMENT == 0 and 0 <= rest <= UNSPLIT):
-        return 0
-    return abs(rest)
+def held_out(rows: list[Row], what: str, every: int = 10) -> Iterator[tuple[Row, Workspace]]:
+    """Each row of every tenth layer, and what the table says without the layer or without every second batch size."""
+    layers = list(dict.fromkeys(row.layer for row in rows))
+    chosen = set(layers[::every])
+    batches = sorted({row.n for row in rows})[1::2]
+
+    def hidden(row: Row) -> bool:
+        return row.layer in chosen and (what == "layer" or row.n in batches)
+
+    table = Table(build(row for row in rows if not hidden(row)))
+    for row in rows:
+        if hidden(row):
+            yield row, convolutions.estimate(table, row.direction, row.tensors, row.tensors, row.layer, row.n)
 
 
-def covered(measured: int, found: Workspace) -> bool:
-    slack = UNSPLIT if measured > MIB else 3 * convolutions.BLOCK
-    return found.low - 3 * convolutions.BLOCK <= measured <= found.high + slack
-
-
-def held_out(
-    measured: list[Row], direction: str, what: str, network: dict[Layer, int], every: int = 1
-) -> Iterator[tuple[Row, Workspace]]:
-    groups = convolutions.group(build(measured))
-    for row in measured[::every]:
-        cases = groups[row.tensors.key, direction, row.layer.family]
-        if what == "network":
-            cases = [case for case in cases if network[case.layer] != network[row.layer]]
-        elif what == "layer":
-            cases = [case for case in cases if case.layer != row.layer]
-        else:
-            cases = [case for case in cases if (case.layer, case.n) != (row.layer, row.n)]
-        if cases and row.measured[direction] >= 0:
-            yield row, convolutions.estimate(cases, row.layer, row.n, row.tensors)
-
-
-def report(measured: list[Row]) -> None:
-    network = networks(measured)
-    figures = f"{'cases':>6} {'exact':>6} {'<= 1%':>6} {'median':>7} {'p95':>7} {'covered':>7}"
-    print(f"{'':27} {'all':44} above 1 MiB")
-    print(f"{'tensors':8} {'direction':9} {'held out':8} {figures} {figures}   one size, and right")
-    for key in ("16-nchw", "16-nhwc", "32-nchw"):
-        chosen = [row for row in measured if row.tensors.key == key]
-        for direction in DIRECTIONS:
-            for what in ("batch", "layer", "network"):
-                lines, claims = [], []
-                for row, found in held_out(chosen, direction, what, network):
-                    truth = row.measured[direction]
-                    wrong = error(truth, found)
-                    moved = row.n * row.tensors.element_bytes
-                    moved *= row.layer.c * row.layer.pixels + row.layer.k * row.layer.output_pixels
-                    close = wrong <= 0.01 * max(truth, moved)
-                    lines.append((max(truth, found.bytes), wrong, wrong / moved, covered(truth, found), close))
-                    claims += [close] * (found.low == found.high)
-                large = [line for line in lines if line[0] > MIB]
-                claimed = f"{len(claims) / len(lines):6.1%} {sum(claims) / len(claims):6.1%}" if claims else ""
-                print(f"{key:8} {direction:9} {what:8} {_figures(lines)} {_figures(large)}   {claimed}", flush=True)
-
-
-def _figures(lines: list[tuple[int, int, float, bool, bool]]) -> str:
-    errors = sorted(line[2] for line in lines)
-    median, p95 = errors[len(errors) // 2], errors[math.ceil(len(errors) * 0.95) - 1]
-    inside = sum(line[3] for line in lines) / len(lines)
-    close = sum(line[4] for line in lines) / len(lines)
-    exact = sum(line[1] == 0 for line in lines) / len(lines)
-    return f"{len(lines):6} {exact:6.1%} {close:6.1%} {median:7.4f} {p95:7.3f} {inside:7.1%}"
+def report(name: str, found: Iterable[tuple[Row, Workspace]], rounded: bool) -> None:
+    groups: dict[tuple[str, str], list[tuple[float, bool, bool, bool]]] = defaultdict(list)
+    for row, workspace in found:
+        layer = row.layer
+        moved = row.n * row.tensors.element_bytes * (layer.c * layer.pixels + layer.k * layer.output_pixels)
+        wrong = error(row.bytes, workspace, rounded)
+        slack = UNSPLIT if rounded else 0
+        inside = workspace.low <= row.bytes <= workspace.high + slack or wrong == 0
+        groups[row.tensors.key, row.direction].append(
+            (wrong / moved, inside, wrong <= max(MIB, 0.01 * moved), wrong == 0)
+        )
+    for key, lines in sorted(groups.items()):
+        errors = sorted(line[0] for line in lines)
+        p95 = errors[math.ceil(0.95 * len(errors)) - 1]
+        inside, close, exact = (sum(line[index] for line in lines) / len(lines) for index in (1, 2, 3))
+        print(f"{name:9} {key[0]:8} {key[1]:9} {len(lines):7} {exact:7.1%} {close:7.1%} {p95:8.3f} {inside:7.1%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="build the table that the package ships")
     options = parser.parse_args()
-    measured = rows()
+    rows = answers()
     if options.write:
-        write(build(measured))
+        write(build(rows))
         print(f"{TABLE.relative_to(ROOT)}: {TABLE.stat().st_size} bytes")
         return
-    report(measured)
+    print(f"{'':28} {'cases':>7} {'exact':>7} {'1 MiB/%':>7} {'p95':>8} {'inside':>7}")
+    given = (
+        (row, convolutions._workspace(row.direction, row.tensors, row.tensors, row.layer, row.n)) for row in measured()
+    )
+    report("measured", given, rounded=True)
+    for what in ("batch", "layer"):
+        report(what, held_out(rows, what), rounded=False)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,17 @@
 """Replays of compact event sequences."""
 
+import gzip
+import json
 from array import array
+from pathlib import Path
+from typing import Any
 
-from planner.allocator import Events, parse_conf, replay
+import pytest
+
+from planner.allocator import Events, Plans, parse_conf, replay
 from planner.units import MIB
+
+REFUSED = Path(__file__).parent / "golden/refused-workspaces.json.gz"
 
 # blocks:        0         1         2
 SIZES = [30 * MIB, 20 * MIB, 40 * MIB]
@@ -62,3 +70,32 @@ def test_settings_change_the_outcome():
     assert replay(events).peak_reserved_bytes == sum(events.sizes)
     expandable = replay(events, parse_conf("expandable_segments:True"))
     assert expandable.peak_reserved_bytes == 40 * MIB
+
+
+def _refused() -> list[dict[str, Any]]:
+    cases: list[dict[str, Any]] = json.loads(gzip.decompress(REFUSED.read_bytes()))["cases"]
+    return cases
+
+
+@pytest.mark.parametrize("case", _refused(), ids=lambda case: f"{case['dtype']}-{case['limit'] >> 20}MiB")
+def test_a_refused_workspace_costs_retries_once_and_another_plan_is_kept(case: dict[str, Any]) -> None:
+    """What an H200 did: the sizes asked for are the recorded ones, everything else follows."""
+    element = 4 if case["dtype"] == "float32" else 2
+    image = case["n"] * case["c"] * case["side"] ** 2 * element
+    weights = case["c"] * case["k"] * 9 * element
+    sizes = [size for action, size in case["events"] if action in ("alloc", "oom")]
+    # The first step: the result, the plans that were tried, the result's gradient, the weights', the plans for it.
+    second = sizes.index(image, 1)
+    forward, backward = sizes[1:second], sizes[second + 2 : sizes.index(image, second + 1)]
+    # blocks: 0 input, 1 weights, 2 result, 3 workspace, 4 gradient, 5 weights' gradient, 6 workspace
+    step = [2, 3, ~3, ~2, 4, 5, 6, ~6, ~4, ~5]
+    events = Events(
+        [0, 1, *step, *step],
+        [image, weights, image, forward[0], image, weights, backward[0]],
+        plans={3: Plans(0, [*forward, 0]), 6: Plans(1, [*backward, 0])},
+    )
+    result = replay(events, capacity_bytes=case["limit"])
+    assert result.fits
+    assert result.num_alloc_retries == case["retries"]
+    assert result.peak_reserved_bytes == case["reserved"]
+    assert result.peak_allocated_bytes == case["alloc"]

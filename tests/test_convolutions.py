@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from importlib import util
 from pathlib import Path
 
@@ -13,7 +11,8 @@ from hypothesis import strategies as st
 
 from planner.errors import InvalidArgument
 from planner.virtual import convolutions
-from planner.virtual.convolutions import Layer, Recipe, Tensors, workspace_bytes
+from planner.virtual.convolutions import workspace_bytes
+from planner.virtual.plans import Layer, Recipe, Tensors, copied, decode_line, encode_line
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,8 +26,15 @@ def benchmark():
 
 
 @pytest.fixture(scope="module")
-def rows(benchmark):
-    return benchmark.rows()
+def measured(benchmark):
+    """What PyTorch's convolutions were seen to allocate."""
+    return benchmark.measured()
+
+
+@pytest.fixture(scope="module")
+def answers(benchmark):
+    """What cuDNN answered."""
+    return benchmark.answers()
 
 
 def square(direction, n, c, k, kernel, stride, padding, size, **rest):
@@ -39,11 +45,10 @@ def square(direction, n, c, k, kernel, stride, padding, size, **rest):
     )  # fmt: skip
 
 
-def of_row(row, direction, **rest):
+def of_row(row, **rest):
     tensors, given = row.tensors, {name: getattr(row.layer, name) for name in Layer.__dataclass_fields__}
     given |= {"dtype": "bfloat16" if tensors.element_bytes == 2 else "float32", "channels_last": tensors.channels_last}
-    given |= {"n": row.n, **rest}
-    return workspace_bytes(direction=direction, **given)
+    return workspace_bytes(**{**given, "n": row.n, "direction": row.direction, **rest})
 
 
 @pytest.mark.parametrize(
@@ -66,41 +71,52 @@ def test_requests_recorded_in_resnet50_are_met_to_the_byte(arguments, recorded):
     assert found.low == found.high == recorded
 
 
-def test_measured_cases_are_found_again_within_the_allocators_rounding(rows, benchmark):
-    for row in rows[::29]:
-        for direction in convolutions.DIRECTIONS:
-            found = of_row(row, direction)
-            assert found.exact
-            assert benchmark.error(row.measured[direction], found) == 0, (row, direction, found)
+def test_what_torch_allocated_is_found_within_the_allocators_rounding(measured, benchmark):
+    """None of it is in the table: that is what cuDNN answered when it was asked as PyTorch asks it."""
+    tried = [(row, of_row(row)) for row in measured[::23]]
+    known = [(row, found) for row, found in tried if found.exact]
+    assert len(known) > 800
+    for row, found in known:
+        assert benchmark.error(row.bytes, found, rounded=True) == 0, (row, found)
 
 
-def test_table_is_what_the_measurements_say(rows, benchmark):
-    shipped = json.loads(gzip.decompress(benchmark.TABLE.read_bytes()))
-    assert shipped == json.loads(json.dumps(benchmark.build(rows)))
-    assert benchmark.TABLE.stat().st_size < 200 << 10
+def test_table_is_what_cudnn_answered(answers, benchmark):
+    for row in answers[::1999]:
+        if not row.layer.depthwise:
+            found = of_row(row)
+            assert (found.bytes, found.exact) == (row.bytes, True), row
+    assert benchmark.TABLE.stat().st_size < 2_000_000
 
 
-def test_layers_kept_from_the_table_lie_in_their_intervals(rows, benchmark):
-    network = benchmark.networks(rows)
-    chosen = [row for row in rows if row.tensors == Tensors(2, False)]
-    tried = list(benchmark.held_out(chosen, "dgrad", "layer", network, every=25))
-    assert len(tried) > 100
-    inside = [benchmark.covered(row.measured["dgrad"], found) for row, found in tried]
-    right = [benchmark.error(row.measured["dgrad"], found) == 0 for row, found in tried]
-    assert sum(inside) >= 0.95 * len(inside)
-    assert sum(right) >= 0.8 * len(right)
+def test_layers_kept_from_the_table_lie_in_their_intervals(answers, benchmark):
+    chosen = [row for row in answers if row.tensors == Tensors(2, False) and row.direction == "dgrad"]
+    tried = list(benchmark.held_out([row for row in chosen if row.n in (8, 32)], "layer", every=20))
+    assert len(tried) > 500
+    close = [abs(row.bytes - found.bytes) <= 1 << 20 for row, found in tried]
+    inside = [found.low <= row.bytes <= found.high for row, found in tried]
+    assert sum(close) >= 0.9 * len(close)
+    assert sum(inside) >= 0.85 * len(inside)
 
 
-def test_a_batch_size_between_two_measured_ones_scales_the_copies():
-    at_4, at_5, at_6 = (square("forward", n, 64, 64, 3, 1, 1, 56) for n in (4, 5, 6))
-    assert at_6.bytes - at_5.bytes == at_5.bytes - at_4.bytes == 2 * 64 * 56 * 56 * 2
-    assert not at_5.exact
-    assert at_5.low == at_5.bytes == at_5.high
+def test_a_batch_size_between_two_asked_for_scales_the_copies():
+    at_6, at_7, at_8 = (square("forward", n, 64, 64, 3, 1, 1, 56) for n in (6, 7, 8))
+    assert at_8.bytes - at_7.bytes == at_7.bytes - at_6.bytes == 64 * 2 * 56 * 56 * 2
+    assert (at_6.exact, at_7.exact, at_8.exact) == (True, False, True)
+    assert at_7.low == at_7.bytes == at_7.high
 
 
-def test_past_the_largest_measured_batch_the_copies_go_on():
-    at_128, at_256 = (square("forward", n, 64, 64, 3, 1, 1, 56) for n in (128, 256))
-    assert at_256.bytes - at_128.bytes == 128 * 2 * 64 * 56 * 56 * 2
+def test_past_the_largest_batch_asked_for_the_copies_go_on():
+    at_1024, at_2048 = (square("forward", n, 64, 64, 3, 1, 1, 28) for n in (1024, 2048))
+    assert at_2048.bytes - at_1024.bytes == 1024 * 2 * 64 * 28 * 28 * 2
+
+
+@pytest.mark.parametrize(("c", "kernel", "recorded"), [(192, 5, 2_457_600), (24, 3, 2_359_296), (6, 3, 18_432)])
+def test_depthwise_weights_in_nhwc_take_a_product_for_each_sample(c, kernel, recorded):
+    n, size = {192: (16, 32), 24: (256, 120), 6: (2, 56)}[c]
+    found = square("wgrad", n, c, c, kernel, 1, kernel // 2, size, groups=c, channels_last=True)
+    assert found.bytes == recorded
+    assert square("forward", n, c, c, kernel, 1, kernel // 2, size, groups=c, channels_last=True).bytes == 0
+    assert square("wgrad", n, c, c, kernel, 1, kernel // 2, size, groups=c).bytes == 0
 
 
 def test_an_unknown_layer_is_never_exact_and_has_the_size_of_its_copies():
@@ -113,13 +129,13 @@ def test_an_unknown_layer_is_never_exact_and_has_the_size_of_its_copies():
 
 def test_channels_that_fill_no_16_bytes_are_padded():
     layer = Layer(3, 10, 1, (3, 3), (1, 1), (1, 1), (1, 1), (8, 8))
-    assert convolutions.copied(layer, 1, Tensors(2, False))["i"] == 8 * 64 * 2
-    assert convolutions.copied(layer, 1, Tensors(4, False))["i"] == 4 * 64 * 4
-    assert convolutions.copied(layer, 1, Tensors(2, False))["o"] == 16 * 64 * 2
+    assert copied(layer, 1, Tensors(2, False))["i"] == 8 * 64 * 2
+    assert copied(layer, 1, Tensors(4, False))["i"] == 4 * 64 * 4
+    assert copied(layer, 1, Tensors(2, False))["o"] == 16 * 64 * 2
 
 
-def test_far_from_everything_measured_the_interval_is_that_of_all_copies():
-    found = square("forward", 2, 64, 64, 3, 1, 8, 56, dilation=(8, 8))
+def test_far_from_every_layer_asked_for_the_interval_is_that_of_all_copies():
+    found = square("forward", 2, 64, 64, 11, 1, 45, 56, dilation=(9, 9))
     copies = 2 * 2 * 64 * 56 * 56 * 2 + 64 * 64 * 9 * 2
     assert found.low == 0
     assert found.high >= copies
@@ -162,10 +178,10 @@ def test_what_was_not_measured_is_not_exact(rest):
         ({"stride": (0, 1)}, "stride", "1"),
     ],
 )
-def test_bad_arguments_name_the_field(rows, change, field, suggestion):
+def test_bad_arguments_name_the_field(measured, change, field, suggestion):
     arguments = {"direction": "forward", **change}
     with pytest.raises(InvalidArgument) as caught:
-        of_row(rows[0], **arguments)
+        of_row(measured[0], **arguments)
     assert caught.value.field == field
     if suggestion:
         assert caught.value.suggestion == suggestion
@@ -196,14 +212,19 @@ def test_every_shape_has_a_size_within_its_interval(
     assert 0 <= found.low <= found.bytes <= found.high
 
 
-@given(st.builds(Recipe, st.sampled_from(("", "i", "iow", "v")), st.booleans(), st.integers(0, 1 << 30)))
+@given(st.builds(Recipe, st.sampled_from(("", "i", "iow", "w")), st.booleans(), st.integers(0, 1 << 30)))
 def test_recipes_survive_the_table(recipe):
     assert Recipe.decode(recipe.encode()) == recipe
 
 
-@given(st.sampled_from(("", "io", "iow", "iw")), st.integers(1, 64))
-def test_an_explanation_rebuilds_the_measurement(copies, n):
-    layer = Layer(64, 128, 1, (3, 3), (1, 1), (1, 1), (1, 1), (28, 28))
-    tensors = Tensors(2, False)
-    measured = -(-Recipe(copies).bytes(layer, n, tensors) // 512) * 512
-    assert convolutions.explain(layer, n, tensors, measured) == Recipe(copies)
+@given(st.lists(st.sampled_from((None, Recipe("iow"), Recipe("", True, 272), Recipe(extra=5), Recipe())), max_size=9))
+def test_lines_of_recipes_survive_the_table(recipes):
+    assert decode_line(encode_line([*recipes, None])) == [*recipes, None]
+
+
+@given(st.sampled_from(("io", "iow", "iw")), st.integers(1, 64), st.integers(0, 1 << 10))
+def test_an_explanation_rebuilds_the_answer(benchmark, copies, n, extra):
+    layer, tensors = Layer(64, 128, 1, (3, 3), (1, 1), (1, 1), (1, 1), (28, 28)), Tensors(2, False)
+    recipe = Recipe(copies, extra=extra)
+    row = benchmark.Row(layer, n, tensors, "forward", recipe.bytes(layer, n, tensors))
+    assert benchmark.explain(row) == recipe

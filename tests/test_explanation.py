@@ -13,7 +13,7 @@ import yaml
 from planner.allocator import AllocatorConfig, Events, moments, replay
 from planner.units import GIB, KIB, MIB
 from planner.virtual.explanation import NUM_MODULES, NUM_POINTS, explain
-from planner.virtual.scaling import Scaled
+from planner.virtual.scaling import Scaled, events_of
 from planner.virtual.trace import Phase, Purpose, Trace
 from tests.virtual_child import Process
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def _explain(trace: Trace, capacity_bytes: int = GIB) -> dict[str, Any]:
-    scaled = Scaled(Events(trace.events, trace.sizes, optional=trace.optional), trace, True, ())
+    scaled = Scaled(events_of(trace, trace.sizes), trace, True, ())
     return explain(
         scaled, 3, config=AllocatorConfig(), capacity_bytes=capacity_bytes, device_total_bytes=2 * GIB, outside_bytes=7
     )
@@ -182,7 +182,7 @@ def test_a_refused_workspace_takes_nothing() -> None:
     trace = Trace()
     trace.mark("step 1")
     _begin(trace, Phase.FORWARD)
-    trace.optional.add(trace.allocate(64 * MIB, "aten::convolution", 0, Purpose.WORKSPACE))
+    trace.convolutions[trace.allocate(64 * MIB, "aten::convolution", 0, Purpose.WORKSPACE)] = 0
     trace.allocate(12 * MIB, "aten::convolution")
     kinds = _explain(trace, capacity_bytes=32 * MIB)["peaks"]["allocated"]["kinds"]
     assert kinds == {"temporaries": 12 * MIB}

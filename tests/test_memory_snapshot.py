@@ -12,10 +12,10 @@ import pytest
 import yaml
 from torch.cuda import _memory_viz
 
-from planner.allocator import AllocatorConfig, Events, memory_snapshot, replay
+from planner.allocator import AllocatorConfig, Events, Plans, memory_snapshot, replay
 from planner.allocator.recorded import replayable, snapshot_events
 from planner.units import GIB, MIB
-from planner.virtual.scaling import Scaled
+from planner.virtual.scaling import Scaled, events_of
 from planner.virtual.snapshot import snapshot_file
 from planner.virtual.trace import Phase, Purpose, Trace
 from tests.virtual_child import Process
@@ -65,7 +65,7 @@ def _trace() -> Trace:
     trace.phases.append((0, Phase.FORWARD))
     trace.allocate(30 * MIB, "aten::_to_copy", 1, Purpose.PARAMETER)
     result = trace.allocate(3 * MIB + 5, "aten::mm", 2)
-    trace.optional.add(trace.allocate(900 * MIB, "aten::convolution", 2, Purpose.WORKSPACE))
+    trace.convolutions[trace.allocate(900 * MIB, "aten::convolution", 2, Purpose.WORKSPACE)] = 0
     trace.free(2)
     trace.phases.append((len(trace.events), Phase.BACKWARD))
     trace.allocate(40 * MIB, "aten::mm_backward", 2)
@@ -74,7 +74,7 @@ def _trace() -> Trace:
 
 
 def _document(trace: Trace, capacity_bytes: int = GIB, config: AllocatorConfig | None = None) -> dict[str, Any]:
-    scaled = Scaled(Events(trace.events, trace.sizes, optional=trace.optional), trace, True, ())
+    scaled = Scaled(events_of(trace, trace.sizes), trace, True, ())
     data = snapshot_file(
         scaled, 4, config=config or AllocatorConfig(), capacity_bytes=capacity_bytes, device_total_bytes=2 * GIB
     )
@@ -110,7 +110,7 @@ def test_a_stack_names_the_operator_the_tensor_its_modules_and_the_phase() -> No
 
 
 def test_a_request_that_was_refused_is_an_oom_event() -> None:
-    events = Events([0, 1, ~0, 2], [8 * MIB, 64 * MIB, 90 * MIB], optional={1})
+    events = Events([0, 1, ~0, 2], [8 * MIB, 64 * MIB, 90 * MIB], plans={1: Plans(0, (64 * MIB, 0))})
     document = memory_snapshot(
         events, capacity_bytes=40 * MIB, stack=lambda block: [], category=lambda block: "anything"
     )

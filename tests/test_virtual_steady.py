@@ -29,7 +29,7 @@ def _two_steps(*, second_left: int) -> Trace:
     trace.mark("step 2")
     trace.free(gradient)
     workspace = trace.allocate(Formula(int, (64,)), "workspace")
-    trace.optional.add(workspace)
+    trace.convolutions[workspace] = 7
     trace.allocate(second_left, "gradient")
     trace.free(workspace)
     return trace
@@ -42,7 +42,7 @@ def test_a_step_that_leaves_what_it_found_is_copied() -> None:
     assert trace.events == [0, 1, 2, ~1, 3, 4, ~3, ~4, 5, 6, ~5]
     assert trace.sizes[5:] == [64, 100]
     assert trace.operators[5:] == ["workspace", "gradient"]
-    assert (trace.formulas[5], 5 in trace.optional) == (trace.formulas[3], True)
+    assert (trace.formulas[5], trace.convolutions[5]) == (trace.formulas[3], 7)
     assert trace.marks == [(0, "move"), (1, "step 1"), (3, "step 2"), (7, "step 3")]
     assert repeat_last_step(trace)
     assert trace.events[11:] == [~6, 7, 8, ~7]

@@ -102,7 +102,7 @@ def copied_and_run(*, spec: Any, variant: Any, batch_size: int) -> dict[str, Any
     for repeat in (watched, refused):
         with unittest.mock.patch.object(tracing, "repeat_last_step", repeat):
             found.append(trace_steps(parse_spec(spec), _variant(variant), batch_size, H200))
-    one, two = ([each.events, each.sizes, each.operators, each.optional, each.marks] for each in found)
+    one, two = ([each.events, each.sizes, each.operators, each.convolutions, each.marks] for each in found)
     return {"value": {"copied": copied, "same": one == two}}
 
 

@@ -13,7 +13,7 @@ from planner.allocator.config import (
 )
 from planner.allocator.export import memory_snapshot
 from planner.allocator.moments import Moment, moments
-from planner.allocator.replay import Events, OomEvent, ReplayResult, replay
+from planner.allocator.replay import Events, OomEvent, Plans, ReplayResult, replay
 from planner.allocator.snapshot import BlockInfo, SegmentInfo, snapshot
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Moment",
     "OomEvent",
     "OutOfMemory",
+    "Plans",
     "ReplayResult",
     "SegmentInfo",
     "conf_from_environment",

@@ -8,11 +8,12 @@ torch/cuda/_memory_viz.py and torch/utils/viz/MemoryViz.js (https://docs.pytorch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from planner.allocator.caching import CachingAllocator, OutOfMemory
 from planner.allocator.config import AllocatorConfig
-from planner.allocator.replay import Events
+from planner.allocator.replay import Events, Workspaces
 from planner.allocator.snapshot import SegmentInfo, snapshot
 
 Frame = dict[str, Any]
@@ -41,8 +42,14 @@ def memory_snapshot(
     calls = allocator.driver.calls
     assert calls is not None
     trace: list[dict[str, Any]] = []
+    workspaces = Workspaces(events)
     addresses: dict[int, int] = {}
     segment_stacks: dict[int, Sequence[Frame]] = {}
+
+    def refuse(entry: dict[str, Any], error: OutOfMemory) -> None:
+        _add_driver_calls(trace, calls, entry, segment_stacks)
+        trace.append({**entry, "action": "oom", "device_free": 0, "size": error.segment_bytes})
+
     for index, event in enumerate(events.order):
         block = event if event >= 0 else ~event
         stream = 0 if events.streams is None else events.streams[block]
@@ -50,15 +57,18 @@ def memory_snapshot(
         entry = {"size": size, "stream": stream, "time_us": index, "frames": frames, "category": category(block)}
         if event >= 0 and size:
             try:
-                addresses[block] = allocator.malloc(size, stream)
+                if block in events.plans:
+                    address = workspaces.allocate(block, allocator.malloc, partial(refuse, entry))
+                else:
+                    address = allocator.malloc(size, stream)
             except OutOfMemory as error:
-                _add_driver_calls(trace, calls, entry, segment_stacks)
-                trace.append({**entry, "action": "oom", "device_free": 0, "size": error.segment_bytes})
-                if block in events.optional:
-                    continue
+                if block not in events.plans:
+                    refuse(entry, error)
                 break
-            _add_driver_calls(trace, calls, entry, segment_stacks)
-            trace.append({**entry, "action": "alloc", "addr": addresses[block]})
+            if address:
+                addresses[block] = address
+                _add_driver_calls(trace, calls, entry, segment_stacks)
+                trace.append({**entry, "action": "alloc", "addr": address})
         elif event < 0 and block in addresses:
             address = addresses.pop(block)
             allocator.free(address)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from planner.allocator.caching import CachingAllocator, OutOfMemory
 from planner.allocator.config import AllocatorConfig
-from planner.allocator.replay import Events
+from planner.allocator.replay import Events, Workspaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,7 @@ def moments(
     addresses: dict[int, int] = {}
     sizes: dict[int, int] = {}
     found: dict[int, Moment] = {}
+    workspaces = Workspaces(events)
     for index, event in enumerate(events.order[: last + 1]):
         if event < 0:
             if ~event in addresses:
@@ -49,12 +50,16 @@ def moments(
         elif events.sizes[event]:
             before = allocator.allocated_bytes
             try:
-                stream = 0 if events.streams is None else events.streams[event]
-                addresses[event] = allocator.malloc(events.sizes[event], stream)
-                sizes[event] = allocator.allocated_bytes - before
+                if event in events.plans:
+                    address = workspaces.allocate(event, allocator.malloc)
+                else:
+                    stream = 0 if events.streams is None else events.streams[event]
+                    address = allocator.malloc(events.sizes[event], stream)
             except OutOfMemory:
-                if event not in events.optional:
-                    break
+                break
+            if address:
+                addresses[event] = address
+                sizes[event] = allocator.allocated_bytes - before
         if index in wanted:
             found[index] = Moment(
                 index=index,

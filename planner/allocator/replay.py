@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from planner.allocator.caching import CachingAllocator, OutOfMemory
 from planner.allocator.config import AllocatorConfig
 from planner.allocator.driver import AddressSpace
+
+
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """The plans that a convolution can run by, by their workspaces: it goes on with the next one where one is refused.
+
+    ``run_single_conv`` in aten/src/ATen/native/cudnn/Conv_v8.cpp: the plan that this convolution last ran by comes
+    first, then every plan that cuDNN proposes, in its order, until a workspace can be had. Each refused one costs a
+    retry, thus every cached segment. Equal convolutions share what they ran by.
+    """
+
+    convolution: int
+    """The same number for equal convolutions of one thread."""
+    sizes: Sequence[int]
+    """Workspaces in cuDNN's order, in bytes; the first is what the convolution takes where memory is plentiful."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +39,8 @@ class Events:
     """Bytes asked for, by block; a block of 0 bytes is never seen by the allocator."""
     streams: Sequence[int] | None = None
     """Stream of each block; ``None``: all on the default stream, 0."""
-    optional: Collection[int] = ()
-    """Blocks that the program goes on without when they are refused: cuDNN's workspaces, where PyTorch tries the next
-    plan after an out-of-memory error (``try_plans`` in aten/src/ATen/native/cudnn/Conv_v8.cpp)."""
+    plans: Mapping[int, Plans] = field(default_factory=dict)
+    """Of the blocks that are workspaces of cuDNN's convolutions."""
 
     def __len__(self) -> int:
         return len(self.order)
@@ -72,6 +86,37 @@ class ReplayResult:
         return self.oom is None
 
 
+class Workspaces:
+    """The workspaces of convolutions in a replay of ``events``: which plan each convolution last ran by."""
+
+    def __init__(self, events: Events) -> None:
+        self._plans = events.plans
+        self._last: dict[int, int] = {}
+
+    def allocate(
+        self, block: int, malloc: Callable[[int], int], refused: Callable[[OutOfMemory], None] | None = None
+    ) -> int:
+        """The address of the first workspace for ``block`` that can be had; 0 for a plan that needs none.
+
+        ``refused`` is told of each that cannot. Raises ``OutOfMemory`` where none can.
+        """
+        plans = self._plans[block]
+        last = self._last.get(plans.convolution)
+        sizes = plans.sizes if last is None else (last, *plans.sizes)
+        for tried, size in enumerate(sizes, 1):
+            try:
+                address = malloc(size) if size else 0
+            except OutOfMemory as error:
+                if refused is not None:
+                    refused(error)
+                if tried == len(sizes):
+                    raise
+            else:
+                self._last[plans.convolution] = size
+                return address
+        return 0
+
+
 def replay(
     events: Events,
     config: AllocatorConfig | None = None,
@@ -91,6 +136,7 @@ def replay(
         addresses=addresses,
     )
     malloc, free, sizes, streams = allocator.malloc, allocator.free, events.sizes, events.streams
+    plans, workspaces = events.plans, Workspaces(events)
     where = [0] * len(sizes)
     allocated_timeline, reserved_timeline = array("q"), array("q")
     peak, peak_index = 0, -1
@@ -101,11 +147,10 @@ def replay(
             if event >= 0:
                 size = sizes[event]
                 if size:
-                    try:
+                    if plans and event in plans:
+                        where[event] = workspaces.allocate(event, malloc)
+                    else:
                         where[event] = malloc(size) if streams is None else malloc(size, streams[event])
-                    except OutOfMemory:
-                        if event not in events.optional:
-                            raise
                     if allocator.allocated_bytes > peak:
                         peak, peak_index = allocator.allocated_bytes, index
             elif where[~event]:

@@ -17,7 +17,7 @@ from planner.virtual.architecture import Architecture
 from planner.virtual.convolutions import ELEMENT_BYTES, Direction, workspace_bytes
 from planner.virtual.reductions import Loop, reduction_loops, semaphore_bytes, staging_buffer_bytes
 from planner.virtual.rules import RULES, Call, Step, bytes_of, outputs, rule
-from planner.virtual.trace import Formula
+from planner.virtual.trace import Formula, Workspace
 
 aten = torch.ops.aten
 _MODULES_OF_RULES = (attention_kernels, index_kernels, recurrent_kernels)  # importing them declares their rules
@@ -411,7 +411,7 @@ def _workspace_of(
     }  # fmt: skip
 
     numbers = (inputs.shape[0],)
-    yield "workspace", Formula(partial(_workspace_bytes, layer), numbers)
+    yield "workspace", Workspace(partial(_workspace_bytes, layer), numbers, tuple(layer.values()))
     yield "free", 0
     yield "doubt", Formula(partial(_workspace_doubt_bytes, layer), numbers)
 

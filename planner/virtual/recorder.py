@@ -26,7 +26,7 @@ from planner.virtual.indices import check_indices
 from planner.virtual.kernels import Kernels, is_modelled
 from planner.virtual.owners import Owners
 from planner.virtual.rules import Call, Step
-from planner.virtual.trace import Doubt, Formula, Purpose, Trace
+from planner.virtual.trace import Doubt, Formula, Purpose, Trace, Workspace
 
 aten = torch.ops.aten
 # What a gradient that only the engine's buffer holds counts here, seen from inside a dispatch mode.
@@ -107,6 +107,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             aten._cudnn_rnn.default: functools.partial(recurrent.forward_outputs, kernels.architecture),
             aten._cudnn_rnn_backward.default: recurrent.backward_outputs,
         }
+        self._convolutions: dict[tuple[Any, ...], int] = {}  # PyTorch keeps their plans for each thread
         self._main = threading.get_ident()
         self.in_optimizer = False
         """Whether an optimizer takes its step: what it reads scales its update, and no size follows from it."""
@@ -234,8 +235,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 block = trace.allocate(value, name, owner, Purpose.WORKSPACE)
                 if kind != "kept":
                     temporaries.append(block)
-                if kind == "workspace":
-                    trace.optional.add(block)
+                if isinstance(value, Workspace):
+                    key = (self._thread(), value.convolution, value.numbers)
+                    trace.convolutions[block] = self._convolutions.setdefault(key, len(self._convolutions))
         if not is_modelled(packet):
             involved = tree_leaves((args, kwargs, outputs))
             touched_bytes = sum(item.numel() * item.element_size() for item in involved if isinstance(item, FakeTensor))

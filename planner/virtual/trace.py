@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -66,6 +66,14 @@ class Formula:
 
 
 @dataclass(frozen=True, slots=True)
+class Workspace(Formula):
+    """The workspace of a convolution's first plan; where it is refused, another plan without one is taken."""
+
+    convolution: Hashable
+    """Equal for equal convolutions: they share a plan."""
+
+
+@dataclass(frozen=True, slots=True)
 class Doubt:
     """One call of an operator whose temporary memory may be off."""
 
@@ -87,8 +95,8 @@ class Trace:
     """The operator that allocated each block."""
     formulas: dict[int, Formula] = field(default_factory=dict)
     """Of the blocks whose size follows from a formula."""
-    optional: set[int] = field(default_factory=set)
-    """Blocks that the program can do without where they are refused."""
+    convolutions: dict[int, int] = field(default_factory=dict)
+    """Of the blocks that are workspaces: which convolution's."""
     marks: list[tuple[int, str]] = field(default_factory=list)
     """``(index into events, name)``: where a phase begins."""
     doubts: list[Doubt] = field(default_factory=list)
@@ -120,8 +128,8 @@ class Trace:
         """A new block like ``block``; returns its number."""
         size, operator = self.formulas.get(block, self.sizes[block]), self.operators[block]
         again = self.allocate(size, operator, self.block_owners[block], Purpose(self.purposes[block]))
-        if block in self.optional:
-            self.optional.add(again)
+        if block in self.convolutions:
+            self.convolutions[again] = self.convolutions[block]
         return again
 
     def free(self, block: int) -> None:
