@@ -27,10 +27,16 @@ LONG_STEP_S = 1.0
 MAX_STEPS = 1_000_000
 """A leak that lasts longer than this harms no training run."""
 SLOWER = 1.1
-"""Seconds per sample against the best at smaller sizes from which on retries in every step count as thrashing: two
-trials of one size differ by a few percent."""
+"""Seconds per sample against the best at smaller sizes from which on a trial with allocation retries thrashes: two
+trials of one size differ by a few percent.
+
+*Measured* on an H200 (``measurements/h200/choices.json.gz``): the U-Net in bf16 under 16 GiB had 79 retries in its
+first step at 74 samples and above, none later, and all its steps took 2.4 times as long a sample. That is what a fall
+back to slower kernels looks like: cuDNN's plans are tried until the workspace of one can be had
+(aten/src/ATen/native/cudnn/Conv_v8.cpp, ``try_plans``).
+"""
 MUCH_SLOWER = 1.5
-"""The same without retries: kernels that had to do with less workspace, or memory given back some other way."""
+"""The same without retries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +102,13 @@ def leak_of(trial: Trial, capacity_bytes: int) -> Leak | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thrashing:
-    """A size that fits, at a price: the allocator gives cached memory back again and again, or steps take far longer
-    than in proportion to their samples."""
+    """A size that fits, at a price: memory is so short that steps take far longer than in proportion to their samples.
+
+    The allocator gives cached memory back again and again, or libraries keep to kernels that need less workspace.
+    """
 
     batch_size: int
-    retries_per_step: float
-    """After the first step."""
+    num_alloc_retries: int
     slowdown: float
     """Seconds per sample in relation to those at ``compared_with``."""
     compared_with: int
@@ -111,23 +118,16 @@ class Thrashing:
         return asdict(self)
 
     def sentence(self) -> str:
-        retries = f", with {self.retries_per_step:g} allocation retries a step" if self.retries_per_step else ""
+        retries = f", with {self.num_alloc_retries} allocation retries" if self.num_alloc_retries else ""
         return (
             f"batch size {self.batch_size} fits but thrashes: it takes {self.slowdown:.1f} times as long a sample as "
             f"{self.compared_with}{retries}"
         )
 
 
-def retries_per_step(trial: Trial) -> float:
-    """Mean of the steps after the first where each of them had at least one; 0 where one had none."""
-    retries = [int(count) for count in trial.details.get("retries_after_step", ())]
-    later = [after - before for before, after in pairwise(retries)]
-    return sum(later) / len(later) if later and min(later) > 0 else 0.0
-
-
 def needs_comparison(trial: Trial) -> bool:
     """Whether only the speed of a smaller size can tell if this one thrashes."""
-    return trial.fits and retries_per_step(trial) > 0
+    return trial.fits and trial.num_alloc_retries > 0
 
 
 def thrashing(trial: Trial, trials: Iterable[Trial]) -> Thrashing | None:
@@ -143,7 +143,9 @@ def thrashing(trial: Trial, trials: Iterable[Trial]) -> Thrashing | None:
     if not smaller:
         return None
     best, size = min(smaller)
-    slowdown, retries = seconds / best, retries_per_step(trial)
-    if slowdown < (SLOWER if retries else MUCH_SLOWER):
+    slowdown = seconds / best
+    if slowdown < (SLOWER if trial.num_alloc_retries else MUCH_SLOWER):
         return None
-    return Thrashing(batch_size=trial.batch_size, retries_per_step=retries, slowdown=slowdown, compared_with=size)
+    return Thrashing(
+        batch_size=trial.batch_size, num_alloc_retries=trial.num_alloc_retries, slowdown=slowdown, compared_with=size
+    )

@@ -66,11 +66,11 @@ def test_micro_batches_keep_their_gradients_during_the_next_forward_pass(device)
     document = {**SMALL, "train": {"optimizer": "adamw", "accumulation_steps": 2}, "search": {}}
     plain = parse_spec({**document, "train": {"optimizer": "adamw"}})
     with device.open(plain, plain.variants.product()[0]) as runner:
-        alone = runner.run(32, fresh=True)
+        alone = runner.run(8, fresh=True)
     accumulating = parse_spec(document)
     with device.open(accumulating, accumulating.variants.product()[0]) as runner:
-        both = runner.run(32, fresh=True)
-    assert (alone.samples_per_step, both.samples_per_step) == (32, 64)
+        both = runner.run(8, fresh=True)
+    assert (alone.samples_per_step, both.samples_per_step) == (8, 16)
     assert both.peaks.allocated_bytes > alone.peaks.allocated_bytes
     assert both.step_time_s > 1.3 * alone.step_time_s
 

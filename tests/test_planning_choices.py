@@ -77,10 +77,11 @@ class Runner:
         details = {"samples_per_step": size * steps}
         if measured:
             grown = [needed // 2 + gpu.leak_bytes * step for step in range(5)]
-            details |= {"allocated_after_step_bytes": grown, "retries_after_step": [9, 12, 15] if thrashes else [9, 9]}
+            details |= {"allocated_after_step_bytes": grown}
         return Trial(
             batch_size=size, outcome=Outcome.FITS if fits else Outcome.OOM, source=gpu.source,
             peaks=Peaks(allocated_bytes=min(needed, self.capacity_bytes), reserved_bytes=min(needed, 16 * GIB)),
+            num_alloc_retries=79 if thrashes else 0,
             step_times_s=(9.0, step_s, step_s) if measured and fits else (), fresh_process=measured and fresh,
             reserved_interval=None if measured else Interval(low_bytes=0, high_bytes=1, basis="test"),
             details=details, duration_s=1.5,

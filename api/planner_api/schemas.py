@@ -60,7 +60,8 @@ class PlanDocument(BaseModel):
     )
     knee: dict[str, Any] | None = Field(default=None, description="The smallest timed one with 95% of that speed")
     thrashing: dict[str, Any] | None = Field(
-        default=None, description="Of `max_batch_size`, where it fits only by giving memory back in every step"
+        default=None,
+        description="Of `max_batch_size`, where it fits but is far slower than a smaller one",
     )
     largest_without_thrashing: dict[str, Any] | None = None
     leak: dict[str, Any] | None = Field(default=None, description="Allocated bytes that grow with every step")
