@@ -94,6 +94,18 @@ def _proportional_bytes(pid: int) -> int:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
 
 
+def _processor_s() -> float:
+    """Processor seconds of this process's children, with what they waited for: fields 14 to 17 (proc(5))."""
+    ticks = 0
+    for pid in _descendants():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        ticks += sum(int(field) for field in fields[11:15])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _torch_bytes() -> int:
     """Of a process that has only imported torch."""
     code = "import torch, sys; print(flush=True); sys.stdin.read()"
@@ -113,9 +125,9 @@ def measure(document: Mapping[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         device.prepare(spec, [variant])
         device.wait(spec)
-        ready = time.perf_counter()
+        ready, before_s = time.perf_counter(), _processor_s()
         (plan,) = plan_sweep(spec, device)
-        end = time.perf_counter()
+        end, after_s = time.perf_counter(), _processor_s()
     device.close()
     details = [trial.details for trial in plan.trials]
     tracing_s, replay_s = (sum(item["timings"][key] for item in details) for key in ("tracing_s", "replay_s"))
@@ -126,6 +138,7 @@ def measure(document: Mapping[str, Any]) -> dict[str, Any]:
         "traced_batch_sizes": traced,
         "imports_and_build_s": ready - start,
         "plan_s": end - ready,
+        "processor_s": after_s - before_s,
         "tracing_s": tracing_s,
         "replay_s": replay_s,
         "num_events": num_events,
@@ -168,7 +181,9 @@ def main() -> None:
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     own_bytes = _torch_bytes()
     plans, layers = {}, {}
-    print(f"{'case':24} imports+build   plan = traces + replays   events  traced/s  replay  beyond torch  largest")
+    print(
+        f"{'case':24} imports+build   plan = traces + replays  processor  events  traced/s  replay  beyond torch  largest"
+    )
     for name in options.cases or CASES:
         plans[name] = _best(options.runs, CASES[name])
         _show(name, plans[name], own_bytes)
@@ -187,7 +202,7 @@ def main() -> None:
 def _show(name: str, run: Mapping[str, Any], own_bytes: int) -> None:
     print(
         f"{name:24} {run['imports_and_build_s']:11.1f} s {run['plan_s']:6.2f} {run['tracing_s']:8.2f}"
-        f" {run['replay_s']:8.2f} s {run['num_events']:8} {run['traced_events_per_s']:9.0f}"
+        f" {run['replay_s']:8.2f} s {run['processor_s']:8.2f} s {run['num_events']:7} {run['traced_events_per_s']:9.0f}"
         f" {run['replay_ms']:4.0f} ms {(run['peak_bytes'] - own_bytes) / MIB:9.0f} MiB"
         f"  {run['max_batch_size']} (traced at {', '.join(map(str, run['traced_batch_sizes']))})",
         flush=True,
