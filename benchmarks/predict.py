@@ -181,9 +181,8 @@ def main() -> None:
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     own_bytes = _torch_bytes()
     plans, layers = {}, {}
-    print(
-        f"{'case':24} imports+build   plan = traces + replays  processor  events  traced/s  replay  beyond torch  largest"
-    )
+    columns = "imports+build   plan = traces + replays  processor  events  traced/s  replay  beyond torch  largest"
+    print(f"{'case':24} {columns}")
     for name in options.cases or CASES:
         plans[name] = _best(options.runs, CASES[name])
         _show(name, plans[name], own_bytes)
