@@ -31,12 +31,14 @@ SMALL = {
     "data": {"kind": "tokens", "sequence_length": 256},
     "train": {"optimizer": "adamw"},
     "variants": {"precision": ["fp32", "bf16-amp", "fp16-amp"], "checkpointing": ["none", "full"]},
+    "search": {"speed": False},
 }  # fmt: skip
 GPT2 = {
     "model": {"source": "transformers", "model_type": "gpt2", "task": "causal-lm", "config": {"use_cache": False}},
     "data": {"kind": "tokens", "sequence_length": 1024},
     "train": {"optimizer": "adamw"},
     "variants": {"precision": ["bf16-amp"]},
+    "search": {"speed": False},
 }
 RESNET = {
     "model": {"source": "transformers", "model_type": "resnet", "task": "image-classification"}
@@ -44,6 +46,7 @@ RESNET = {
     "data": {"kind": "images", "size": 224, "classes": 1000},
     "train": {"optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9}},
     "variants": {"precision": ["bf16-amp"]},
+    "search": {"speed": False},
 }
 HOLD = "import torch; x = torch.empty(1 << 30, dtype=torch.uint8, device='cuda'); print('held', flush=True); input()"
 
@@ -128,12 +131,17 @@ FAULTY = {
 
 
 @pytest.fixture(scope="module")
-def faulty():
-    """A runner of a model whose batch size says how it misbehaves."""
-    device = LocalDevice(local_gpus()[0], 4 * GIB, trial_timeout_s=8)
-    with device.open(parse_spec(FAULTY), Variant()) as runner:
-        yield runner
+def faulty_device():
+    device = LocalDevice(local_gpus()[0], 4 * GIB, trial_timeout_s=6)
+    yield device
     device.close()
+
+
+@pytest.fixture
+def faulty(faulty_device):
+    """A runner of a model whose batch size says how it misbehaves."""
+    with faulty_device.open(parse_spec(FAULTY), Variant()) as runner:
+        yield runner
 
 
 @pytest.mark.parametrize(
