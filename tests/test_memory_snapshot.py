@@ -58,6 +58,26 @@ def _check(document: dict[str, Any]) -> None:
     assert _memory_viz.memory(document, format_flamegraph=str).count("\n") >= len(document["segments"])
 
 
+def _check_history(document: dict[str, Any]) -> None:
+    """What happened leads to what is there at the end: the viewer walks back from there (``simulate_memory``)."""
+    taken: dict[int, int] = {}
+    live: dict[int, int] = {}
+    for event in document["device_traces"][0]:
+        address, size = event["addr"], event["size"]
+        if event["action"] in ("segment_alloc", "segment_map"):
+            taken[address] = size
+        elif event["action"] in ("segment_free", "segment_unmap"):
+            assert taken.pop(address) == size
+        elif event["action"] == "alloc":
+            assert any(start <= address < start + length for start, length in taken.items())
+            live[address] = size
+        elif event["action"] == "free_completed":
+            assert live.pop(address) == size
+    assert sum(taken.values()) == sum(segment["total_size"] for segment in document["segments"])
+    blocks = [block for segment in document["segments"] for block in segment["blocks"]]
+    assert live == {block["address"]: block["requested_size"] for block in blocks if block["requested_size"]}
+
+
 def _trace() -> Trace:
     trace = Trace()
     trace.owners += [("net.0", "weight"), ("net.0", "")]
@@ -87,6 +107,7 @@ def _document(trace: Trace, capacity_bytes: int = GIB, config: AllocatorConfig |
 def test_pytorchs_own_functions_open_it(config: AllocatorConfig) -> None:
     document = _document(_trace(), config=config)
     _check(document)
+    _check_history(document)
     assert document["planner"] == {"source": "predicted", "batch_size": 4, "fits": True}
     assert document["allocator_settings"]["expandable_segments"] is config.expandable_segments
     assert {segment["is_expandable"] for segment in document["segments"]} == {config.expandable_segments}
@@ -150,6 +171,7 @@ def test_a_models_snapshot_replays_to_its_own_peaks(process: Process, tmp_path: 
     assert len(data) < 8 * MIB
     document = pickle.loads(data)
     _check(document)
+    _check_history(document)
     result = replay(replayable(snapshot_events(document)))
     assert [result.peak_allocated_bytes, result.peak_reserved_bytes] == peaks
     modules = {frame["name"] for event in document["device_traces"][0] for frame in event["frames"]}

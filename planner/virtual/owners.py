@@ -63,6 +63,12 @@ class Owners:
             self._modules.clear()
             self._block_of = _nowhere
 
+    def mark_averages(self, copy: torch.nn.Module) -> None:
+        """The parameters and buffers of a moving average's copy of the model."""
+        for tensors in (copy.named_parameters(), copy.named_buffers()):
+            for name, tensor in tensors:
+                self._mark_named(tensor, Purpose.AVERAGED_PARAMETER, name)
+
     def begin_batch(self) -> None:
         self._phase = Phase.FORWARD
 

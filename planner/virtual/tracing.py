@@ -146,6 +146,8 @@ def _followed(training: Training, recorder: Recorder) -> Iterator[None]:
     ]
     try:
         with owners.following(model, recorder.block_of):
+            if training.ema is not None:
+                owners.mark_averages(training.ema.module)
             yield
     finally:
         # Nothing may keep the training alive: that its memory is freed at the end is part of the trace.
