@@ -42,12 +42,12 @@ def count_bytes(count: int) -> int:
     return 1 if count <= 4096 else 21_503
 
 
-def scan_bytes(element_bytes: int, floating: bool, count: int) -> int:
+def scan_bytes(element_bytes: int, count: int) -> int:
     """A running sum along one dimension (``cub::DeviceScan``); for types of 2 bytes within 512 bytes up to 1,000,000
     elements."""
     if element_bytes == 8:
         return _tiles(16, count, 896)
-    if floating and element_bytes == 4:
+    if element_bytes == 4:
         return _tiles(8, count, 1920)
     return 1279 + 2 * max(0, count - 100_000) // 1000
 

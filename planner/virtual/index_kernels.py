@@ -97,7 +97,7 @@ def _segments(rows: int, count: int) -> int:
 
 
 def _scan_of_segments(rows: int, count: int) -> int:
-    return cub.scan_bytes(_INDEX, False, min(rows, count))
+    return cub.scan_bytes(_INDEX, min(rows, count))
 
 
 def _adds_atomically(rows: int, count: int) -> bool:
@@ -171,7 +171,7 @@ def _topk_part(part: int, element: int, num_sms: int, rows: int, row: int) -> in
     radix = max(4, element)
     sizes = (
         element * rows, _INDEX * rows, 2 * radix * rows, 2 * 256 * rows * blocks, 4 * 256 * rows,
-        4 * rows * blocks, 4 * rows * blocks, cub.scan_bytes(8, False, rows * blocks),
+        4 * rows * blocks, 4 * rows * blocks, cub.scan_bytes(_INDEX, rows * blocks),
     )  # fmt: skip
     return sizes[part]
 
@@ -196,8 +196,7 @@ def _scan(call: Call, _: Architecture) -> Iterator[Step]:
     if element > tensor.element_size():
         yield "temporary", call.sizes[0]
     if max(tensor.shape, default=1) == tensor.numel() and tensor.numel() > 1:
-        floating = tensor.is_floating_point()
-        yield _temporary(partial(cub.scan_bytes, element, floating), tensor.numel())
+        yield _temporary(partial(cub.scan_bytes, element), tensor.numel())
 
 
 @rule("nonzero")
@@ -240,7 +239,21 @@ def _index(call: Call, _: Architecture) -> Iterator[Step]:
         row = prod(tensor.shape[taken:]) * tensor.element_size()
         for mask in masks:
             yield from _positions(mask, call.sizes[0] // max(row, 1))
+    else:
+        yield from _restrided([item for item in indices if item is not None])
     yield from outputs(call)
+
+
+def _restrided(indices: Sequence[torch.Tensor]) -> Iterator[Step]:
+    """Copies of index tensors that broadcast, where their strides differ then: ``AdvancedIndex`` of
+    aten/src/ATen/native/TensorAdvancedIndexing.cpp, trace of bloom."""
+    if len(indices) < 2:
+        return
+    expanded = torch.broadcast_tensors(*(torch.empty_strided(i.shape, i.stride(), device="meta") for i in indices))
+    if len({item.stride() for item in expanded}) > 1:
+        for item in expanded:
+            if not item.is_contiguous():
+                yield "temporary", _INDEX * item.numel()
 
 
 @rule("index_put", "index_put_", "_index_put_impl_")

@@ -52,6 +52,19 @@ def _grouped_mm(*args: Any, **kwargs: Any) -> torch.Tensor:
     return out if dtype is torch.bfloat16 else out.to(dtype)
 
 
+_UPDATES = [
+    getattr(packet, overload)
+    for name in ("_fused_sgd_", "_fused_adagrad_")
+    if (packet := getattr(aten, name, None)) is not None
+    for overload in packet.overloads()
+]
+"""Fused optimizer steps that have no shape function: they write into what they are given."""
+
+
+def _update(*_: Any, **__: Any) -> None:
+    return None
+
+
 @functools.cache
 def _is_composite(func: Any) -> bool:
     """Whether CUDA runs ``func`` as its parts; ``silu_backward`` has a decomposition too, but a kernel before it."""
@@ -106,6 +119,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             aten._cudnn_init_dropout_state.default: recurrent.dropout_state,
             aten._cudnn_rnn.default: functools.partial(recurrent.forward_outputs, kernels.architecture),
             aten._cudnn_rnn_backward.default: recurrent.backward_outputs,
+            **dict.fromkeys(_UPDATES, _update),
         }
         self._convolutions: dict[tuple[Any, ...], int] = {}  # PyTorch keeps their plans for each thread
         self._main = threading.get_ident()
@@ -268,7 +282,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ``index_backward`` in torch/csrc/autograd/FunctionsManual.cpp, ``index_select_backward_symint`` and
         ``gather_backward`` in aten/src/ATen/native/TensorAdvancedIndexing.cpp (recorded trace of lstm-tagger)."""
         accumulates = func is aten.index_put.default and len(args) > 3 and args[3]
-        return bool(accumulates or func in (aten.index_add.default, aten.scatter_add.default)) and self._is_engine()
+        into_zeros = (aten.index_add.default, aten.scatter_add.default, aten.scatter.src)
+        return bool(accumulates or func in into_zeros) and self._is_engine()
 
     def _is_engine(self) -> bool:
         """Whether the autograd engine itself asked: from its own thread, with no Python below but torch's."""
