@@ -91,7 +91,7 @@ def time_sizes(run: Run, trials: Sequence[Trial], largest: int, multiple_of: int
 
 
 def compare_if_needed(run: Run, trials: Sequence[Trial], best: Trial, multiple_of: int = 1) -> None:
-    """Time one smaller size where the largest had retries in every step, and none tells yet whether they cost time."""
+    """Time one smaller size where the largest had retries, and none tells yet whether they cost time."""
     if needs_comparison(best) and not any(speed.batch_size < best.batch_size for speed in speeds(trials)):
         size = next_to_time(speeds(trials), best.batch_size, multiple_of)
         if size is not None:

@@ -36,7 +36,7 @@ from planner.progress import (
 )
 from planner.search import LIMIT, Ask, Search, SearchResult, contradiction_notes, contradictions
 from planner.specs.model import SearchSpec, Spec
-from planner.specs.variants import Checkpointing, Variant
+from planner.specs.variants import Checkpointing, Compile, Variant
 from planner.throughput import Accumulation, accumulations
 from planner.trial_log import Stopped, TrialLog, Unanswered, device_errors
 from planner.trials import Environment, Outcome, Plan, PlanStatus, Source, Trial
@@ -246,7 +246,9 @@ class _VariantWork:
         if self.is_measured and result.best is not None:
             found, said = beyond_largest(
                 partial(self._run_extra, runner, result), self.log.trials, result.best,
-                capacity_bytes=self.capacity_bytes, multiple_of=constraints.multiple_of, speed=constraints.speed,
+                capacity_bytes=self.capacity_bytes, multiple_of=constraints.multiple_of,
+                # Each further size of a compiled variant is compiled first.
+                speed=constraints.speed and self.variant.compile is Compile.OFF,
             )  # fmt: skip
             details |= found
             notes += said

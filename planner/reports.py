@@ -365,7 +365,9 @@ def _saved(with_it: float, without: float) -> str:
 
 
 def _fitting(plan: Plan) -> dict[int, Peaks]:
-    return {trial.batch_size: trial.peaks for trial in plan.trials if trial.fits and trial.peaks is not None}
+    # The first of each: later ones may accumulate.
+    found = reversed(plan.trials)
+    return {trial.batch_size: trial.peaks for trial in found if trial.fits and trial.peaks is not None}
 
 
 def _cost(plan: Plan, plain: Plan) -> str:

@@ -12,6 +12,7 @@ from planner.choices import MAX_THRASHING
 from planner.errors import InvalidSpec, ModelError
 from planner.planning import plan_sweep
 from planner.specs.model import Headroom, SearchSpec
+from planner.specs.variants import Compile, VariantAxes
 from planner.store import Store
 from planner.throughput import MAX_TIMED
 from planner.trials import Interval, Outcome, Peaks, Source, Trial
@@ -186,6 +187,13 @@ def test_speed_is_not_timed_where_nobody_asks_and_never_on_the_virtual_gpu():
     assert "extra_trials" not in plan.details
     predicted = plan_of(Gpu(PREDICTED))
     assert not {"fastest", "knee", "extra_trials"} & set(predicted.details)
+
+
+def test_a_compiled_variant_is_not_compiled_again_for_its_speed():
+    spec = make_spec(variants=VariantAxes(compile=(Compile.ON,)))
+    gpu = Gpu()
+    plan_sweep(spec, gpu, predict_start=Gpu(PREDICTED))
+    assert gpu.sizes() == [64, 65]
 
 
 def test_a_plan_with_speed_answers_the_question_without_and_not_the_other_way_round():
