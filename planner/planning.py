@@ -36,7 +36,7 @@ from planner.progress import (
 )
 from planner.search import LIMIT, Ask, Search, SearchResult, contradiction_notes, contradictions
 from planner.specs.model import SearchSpec, Spec
-from planner.specs.variants import Checkpointing, Compile, Variant
+from planner.specs.variants import Checkpointing, Compile, Parallelism, Variant
 from planner.throughput import Accumulation, accumulations
 from planner.trial_log import Stopped, TrialLog, Unanswered, device_errors
 from planner.trials import Environment, Outcome, Plan, PlanStatus, Source, Trial
@@ -202,9 +202,13 @@ class _VariantWork:
         self.ahead.begin({variant: partial(self._predict, predictor, variant) for variant in variants})
 
     def _predict(self, predictor: Device, variant: Variant) -> Plan:
-        """What the virtual GPU says; stored as any plan."""
+        """What the virtual GPU says; stored as any plan.
+
+        Several GPUs are not predicted: one of them takes about as much, which is good enough to begin with.
+        """
+        alone = replace(variant, parallelism=Parallelism.SINGLE, gpus=1)
         work = _VariantWork(
-            self.spec, variant, predictor, predictor.environment(self.spec), self.store, self.batch_size,
+            self.spec, alone, predictor, predictor.environment(self.spec), self.store, self.batch_size,
             self.fresh, _nobody, lambda: self.ahead.is_over, self.worker, self.ahead,
         )  # fmt: skip
         return work.stored_plan() or work.plan(None)
@@ -226,7 +230,8 @@ class _VariantWork:
             return None  # the real device says what is wrong, if it is
         if plan.status is PlanStatus.FAILED and plan.error is not None:
             self.predicted_failure = str(plan.error["message"])
-        self.predicted_explanation = plan.details.get("explanation")
+        if plan.variant == self.variant:
+            self.predicted_explanation = plan.details.get("explanation")
         return plan if plan.status is PlanStatus.PLANNED else None
 
     def _open(self, spec: Spec) -> TrialRunner:
@@ -265,7 +270,8 @@ class _VariantWork:
             certified=self._is_certified(result) and "leak" not in details,
             details=details,
         )
-        return replace(plan, predicted_max_batch_size=predicted.max_batch_size if predicted else None)
+        expected = predicted.max_batch_size if predicted and predicted.variant == self.variant else None
+        return replace(plan, predicted_max_batch_size=expected)
 
     def _search(
         self, runner: TrialRunner, constraints: SearchSpec, start: int | None, predicted: Plan | None = None

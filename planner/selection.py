@@ -61,14 +61,17 @@ def choose_device(
     """
     from planner.virtual.device import VirtualDevice
 
-    choice = choose(gpu, capacity_bytes, predicted_only, find_local(), on)
+    here = find_local()
+    choice = choose(gpu, capacity_bytes, predicted_only, here, on)
     virtual = VirtualDevice(choice.gpu, choice.capacity_bytes)
     if choice.local is None:
         return Selected(device=virtual, gpu=choice.gpu, predictor=None, notes=choice.notes)
     from planner.runtime.device import LocalDevice
 
+    same = choice.local.gpu.name
+    peers = [card for card in here if card.gpu.name == same and card.uuid != choice.local.uuid]
     stands_for = choice.stands_for.name if choice.stands_for else None
-    real = LocalDevice(choice.local, choice.capacity_bytes, stands_for=stands_for)
+    real = LocalDevice(choice.local, choice.capacity_bytes, peers=peers, stands_for=stands_for)
     return Selected(device=real, gpu=choice.gpu, predictor=virtual, notes=choice.notes)
 
 

@@ -22,7 +22,7 @@ def build(document):
     return {"pid": os.getpid(), "trials": 0, "at": time.monotonic()}
 
 
-def run_trial(built, *, variant, batch_size, capacity_bytes, gpu_uuid, keep, accumulation_steps):
+def run_trial(built, *, variant, batch_size, capacity_bytes, gpu_uuids, keep, accumulation_steps):
     built["trials"] += 1  # in the fork's copy only
     act = ACTS.get(batch_size)
     if act is not None:
@@ -35,7 +35,7 @@ def run_trial(built, *, variant, batch_size, capacity_bytes, gpu_uuid, keep, acc
         "step_times_s": [0.3, 0.2, 0.1],
         "details": {
             "trials": built["trials"], "zygote": built["pid"], "parent": os.getppid(), "pid": os.getpid(),
-            "visible": os.environ["CUDA_VISIBLE_DEVICES"], "capacity": capacity_bytes, "uuid": gpu_uuid,
+            "visible": os.environ["CUDA_VISIBLE_DEVICES"], "capacity": capacity_bytes, "uuid": gpu_uuids[0],
             "variant": variant, "accumulation_steps": accumulation_steps,
         },
         "warm": keep and batch_size not in SPOILS,

@@ -8,7 +8,7 @@ whose thread pool it had started.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,19 @@ def build(document: Mapping[str, Any]) -> Built:
     return Built(spec, model)
 
 
-def run_trial(built: Built, **request: Any) -> Mapping[str, Any]:
+def run_trial(built: Built, *, gpu_uuids: Sequence[str], **request: Any) -> Mapping[str, Any]:
+    """In a fork: the trial on ``gpu_uuids``, one rank for each."""
     from planner.runtime.trial import TrialProcess
 
+    if len(gpu_uuids) > 1:
+        from planner.runtime.ranks import run_ranks, trial_of_rank
+
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu_uuids)
+        return run_ranks(
+            lambda rank: trial_of_rank(built.spec, built.model, rank, gpu_uuid=gpu_uuids[rank], **request),
+            len(gpu_uuids),
+        )
+    request["gpu_uuid"] = gpu_uuids[0]
     if built.process is None:
         built.process = TrialProcess(built.spec, built.model)
     result: Mapping[str, Any] = built.process.run(**request)

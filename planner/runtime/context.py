@@ -33,13 +33,17 @@ class Context:
     """Bytes allocated and reserved once the first trial's model had been moved."""
 
     @classmethod
-    def start(cls, capacity_bytes: int, card: Card) -> Self:
-        """Raises ``DeviceUnavailable`` where torch cannot use the GPU."""
+    def start(cls, capacity_bytes: int, card: Card, device_index: int = 0) -> Self:
+        """``device_index`` is where ``card`` stands among the visible GPUs.
+
+        Raises ``DeviceUnavailable`` where torch cannot use the GPU.
+        """
         used_before_bytes = card.used_bytes()
         others = card.compute_processes()
         try:
             torch.cuda.init()  # type: ignore[no-untyped-call]
-            device = torch.device("cuda", 0)
+            device = torch.device("cuda", device_index)
+            torch.cuda.set_device(device)
             total_bytes = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(memory_fraction(capacity_bytes, total_bytes), device)
             torch.zeros(1, device=device)  # the context exists from the first tensor on

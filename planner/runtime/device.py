@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from planner.devices import Limit
 from planner.environment import measured_environment
-from planner.errors import error_from_dict
+from planner.errors import InvalidSpec, error_from_dict
 from planner.gpus import Gpu, default_capacity_bytes
 from planner.local_gpus import LocalGpu
 from planner.processes import Child, ChildError
@@ -38,6 +38,7 @@ class LocalDevice:
     """One GPU of this machine with ``capacity_bytes`` for the caching allocator.
 
     A preloaded process (``planner.runtime.child``) is kept for the spec in hand, and goes with this object.
+    ``peers`` are further cards of the same type, for variants on several GPUs.
     ``stands_for`` is the GPU type whose capacity that is, where it is not this one's.
     ``child_module`` and ``wait_idle`` are for tests.
     """
@@ -47,12 +48,14 @@ class LocalDevice:
         local: LocalGpu,
         capacity_bytes: int,
         *,
+        peers: Sequence[LocalGpu] = (),
         stands_for: str | None = None,
         trial_timeout_s: float = TRIAL_TIMEOUT_S,
         child_module: str = "planner.runtime.child",
         wait_idle: WaitIdle = wait_until_idle,
     ) -> None:
         self.local = local
+        self.peers = tuple(peers)
         self.gpu: Gpu = local.gpu
         self.capacity_bytes = capacity_bytes
         self.stands_for = stands_for
@@ -91,6 +94,12 @@ class LocalDevice:
             self._is_opening = True
 
     def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> LocalRunner:
+        here = 1 + len(self.peers)
+        if variant.gpus > here:
+            counted = "only 1 is" if here == 1 else f"only {here} are"
+            raise InvalidSpec(
+                f"{variant.gpus} GPUs of type {self.gpu.name} are needed, and {counted} here", field="variants.gpus"
+            )
         return LocalRunner(self, spec, variant, capacity_bytes or self.capacity_bytes)
 
     def close(self) -> None:
@@ -98,11 +107,12 @@ class LocalDevice:
         _kill_all(self._preloaded)
         self._held = Held()
 
-    def wait_until_idle(self) -> None:
+    def wait_until_idle(self, uuids: Sequence[str]) -> None:
         """Raises ``DeviceBusy``, ``DeviceLost``."""
         # What a process of ours will take in all; a capacity above the default one is the user's own risk.
         most = min(self.capacity_bytes, default_capacity_bytes(self.gpu))
-        self._wait_idle(self.local.uuid, most + self.gpu.context_bytes + self.gpu.library_bytes, self._held)
+        for uuid in uuids:
+            self._wait_idle(uuid, most + self.gpu.context_bytes + self.gpu.library_bytes, self._held)
 
     def preloaded(self, spec: Spec) -> Child:
         """The process that has built the model of ``spec``. Raises what building it raises."""
@@ -129,7 +139,7 @@ class LocalDevice:
         if request["fresh"]:
             self.rest()
         waiting = time.monotonic()
-        self.wait_until_idle()
+        self.wait_until_idle(request["gpu_uuids"])
         idle_s = round(time.monotonic() - waiting, 4)
         try:
             reply = child.request(request, self.trial_timeout_s + _GRACE_S)
@@ -165,10 +175,10 @@ class LocalRunner:
                 "variant": self._variant.as_dict(),
                 "batch_size": batch_size,
                 "capacity_bytes": self._capacity_bytes,
-                "gpu_uuid": self._device.local.uuid,
+                "gpu_uuids": [card.uuid for card in (self._device.local, *self._device.peers)][: self._variant.gpus],
                 "accumulation_steps": self._spec.train.accumulation_steps,
                 "timeout_s": self._device.trial_timeout_s,
-                "fresh": fresh,
+                "fresh": fresh or self._variant.gpus > 1,  # what NCCL holds is given back by ending alone
             },
         )
         return _trial(batch_size, reply, started_at, time.monotonic() - start)

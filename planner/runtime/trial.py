@@ -91,10 +91,22 @@ class _Record:
 
 
 class TrialProcess:
-    """This process and its GPU. Its first trial is a fresh one; a later one finds the model on the device."""
+    """This process and its GPU. Its first trial is a fresh one; a later one finds the model on the device.
 
-    def __init__(self, spec: Spec, model: torch.nn.Module) -> None:
+    Of several ranks each is such a process, with the visible GPU ``device_index``; ``agree`` makes one decision of
+    theirs, since a rank that goes on alone waits for ever.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        model: torch.nn.Module,
+        *,
+        device_index: int = 0,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
         self._spec, self._model = spec, model
+        self._device_index, self._agree = device_index, agree
         self._context: Context | None = None
 
     def run(
@@ -118,9 +130,9 @@ class TrialProcess:
         chosen = Variant.from_dict(variant)
         record = _Record()
         with Card.open(gpu_uuid) as card:
-            _use_allocator(chosen.allocator)
+            use_allocator(chosen.allocator)
             with record.timing("context_s"):
-                context = self._context = self._context or Context.start(capacity_bytes, card)
+                context = self._context = self._context or Context.start(capacity_bytes, card, self._device_index)
             context.begin()
             spec = replace(self._spec, train=replace(self._spec.train, accumulation_steps=accumulation_steps))
             outcome, words = self._attempt(spec, chosen, batch_size, context, card, record)
@@ -170,8 +182,8 @@ class TrialProcess:
                 schedule = phases(spec)
                 is_plain = all(phase.repeats(schedule[0]) for phase in schedule)
                 for number, phase in enumerate(itertools.chain(schedule, itertools.repeat(schedule[-1]))):
-                    goes_on = wants_another_step(
-                        record.allocated_after_step_bytes, record.driver_bytes, record.step_times_s
+                    goes_on = self._agree(
+                        wants_another_step(record.allocated_after_step_bytes, record.driver_bytes, record.step_times_s)
                     )
                     if (is_plain or number >= len(schedule)) and not goes_on:
                         break
@@ -187,7 +199,7 @@ def _is_short(record: _Record, context: Context, card: Card) -> bool:
     return refused or card.free_bytes() < FULL_BYTES
 
 
-def _use_allocator(conf: str) -> None:
+def use_allocator(conf: str) -> None:
     """Give the caching allocator its settings. It reads them once, when it is first used
     (``AcceleratorAllocatorConfig::instance``, c10/core/AllocatorConfig.h): in this process, when CUDA starts."""
     if conf != DEFAULT:
