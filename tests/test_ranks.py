@@ -63,3 +63,16 @@ def test_an_error_after_another_rank_ran_out_of_memory_says_nothing() -> None:
     assert combined([{"error": lost}, None], Ending(1, -9))["outcome"] == "failed"
     with pytest.raises(InvalidSpec):
         combined([{"error": InvalidSpec("no", field="variants.precision").as_dict()}, None], Ending(1, -15))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_training_step_runs_on_two_ranks(kind: str) -> None:
+    """gloo in place of NCCL: two micro-batches, clipping, checkpointing and an evaluation, bf16-amp."""
+    ended = subprocess.run(
+        [sys.executable, str(CHILD.with_name("ranks_training.py")), kind],
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    first, second = json.loads(ended.stdout)["ok"]["details"]["ranks"]
+    assert (first["outcome"], second["outcome"]) == ("fits", "fits")
+    # Of the embedding of 100 tokens in 64 dimensions.
+    assert first["peak_allocated_bytes"] == 4 * 64 * (100 if kind == "ddp" else 50)

@@ -134,6 +134,6 @@ def test_a_batch_is_padded_to_its_longest_sample() -> None:
 
 
 def test_parallel_variants_are_refused_here() -> None:
-    with pytest.raises(InvalidSpec, match="fsdp2 is not supported yet") as caught:
+    with pytest.raises(InvalidSpec, match="fsdp2 is measured on 2 GPUs of one host") as caught:
         _training(_blocks(), parallelism=Parallelism.FSDP2, gpus=2)
     assert caught.value.field == "variants.parallelism"

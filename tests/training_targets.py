@@ -103,3 +103,16 @@ class _Block(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         grown: torch.Tensor = hidden + self.dropout(functional.gelu(self.linear(hidden)))
         return grown
+
+
+class GreedyRank(torch.nn.Module):
+    """Takes 64 TiB on the second rank alone, when the batch has four samples or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) >= 4 and torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
+            torch.empty(1 << 46, dtype=torch.uint8, device=x.device)
+        return self.linear(x).square().mean()

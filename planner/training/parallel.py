@@ -24,6 +24,9 @@ def check_parallel(spec: Spec, variant: Variant) -> None:
     kind = variant.parallelism
     if kind is Parallelism.SINGLE:
         return
+    if not torch.distributed.is_initialized():
+        message = f"{kind} is measured on {variant.gpus} GPUs of one host, by a rank for each; nothing is predicted"
+        raise InvalidSpec(message, field="variants.parallelism", suggestion=str(Parallelism.SINGLE))
     refused: list[tuple[bool, str, str]] = [
         (variant.compile is Compile.ON, "variants.compile", "a compiled model is only measured on one GPU"),
         (
@@ -58,9 +61,7 @@ def shard(model: torch.nn.Module, variant: Variant, device: torch.device) -> Non
 
     options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),))}
     if variant.precision in _MIXED:
-        options["mp_policy"] = MixedPrecisionPolicy(
-            param_dtype=_MIXED[variant.precision], reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=_MIXED[variant.precision], reduce_dtype=torch.float32)
     for block in repeated_blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)

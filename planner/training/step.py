@@ -18,6 +18,7 @@ from planner.training.compiling import Compiled, notes_of
 from planner.training.data import Batch, make_batch, positional
 from planner.training.freezing import freeze
 from planner.training.optimizers import make_optimizer
+from planner.training.parallel import check_parallel, reducing, replicate, shard
 from planner.training.schedule import Phase
 from planner.training.targets import import_target
 
@@ -44,22 +45,26 @@ class Training:
         self.spec, self.variant, self.device = spec, variant, device
         self.loss = import_target(spec.train.loss, field="train.loss") if spec.train.loss else None
         self.custom_step = import_target(spec.train.step, field="train.step") if spec.train.step else None
-        if variant.parallelism is not Parallelism.SINGLE:
-            raise InvalidSpec(f"{variant.parallelism} is not supported yet", field="variants.parallelism")
+        check_parallel(spec, variant)
         self._check_memory_format()
         freeze(model, spec.train.freeze)
         if variant.checkpointing is not Checkpointing.NONE:
             enable_checkpointing(model, variant.checkpointing)
         self.chunked = ChunkedLoss(spec, model) if variant.loss is Loss.CHUNKED else None
-        options: dict[str, Any] = {"device": device}
+        is_sharded = variant.parallelism is Parallelism.FSDP2
+        options: dict[str, Any] = {} if is_sharded else {"device": device}
         if variant.precision in _WEIGHTS:
             options["dtype"] = _WEIGHTS[variant.precision]
         if self._is_channels_last:
             options["memory_format"] = torch.channels_last
-        self.model = model.to(**options)
+        self.model = model.to(**options) if options else model
+        if is_sharded:
+            shard(self.model, variant, device)
         self._attention_calls = AttentionCalls()
         self._is_first = True
         self.forward: Callable[..., Any] = self.model
+        if variant.parallelism is Parallelism.DDP:
+            self.forward = replicate(self.model, device)
         self.compiled: Compiled | None = None
         if variant.compile is Compile.ON:
             self.compiled = Compiled(spec, self.model, self._attention_calls.look_in)
@@ -90,8 +95,9 @@ class Training:
             raise InvalidSpec(message, field="variants.memory_format", suggestion=str(MemoryFormat.CONTIGUOUS))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The forward pass's context: autocast for the ``-amp`` precisions, else nothing."""
-        dtype = _AUTOCAST.get(self.variant.precision)
+        """The forward pass's context: autocast for the ``-amp`` precisions, else nothing (FSDP2 casts by itself)."""
+        is_sharded = self.variant.parallelism is Parallelism.FSDP2
+        dtype = None if is_sharded else _AUTOCAST.get(self.variant.precision)
         return torch.autocast(self.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
     def run(self, phase: Phase, batch_size: int) -> None:
@@ -145,11 +151,12 @@ class Training:
             batch = self.batch(batch_size, sequence_length)
             if number == 0:
                 self.optimizer.zero_grad(set_to_none=True)
-            with self.autocast():
-                loss = self._trained_loss(batch)
-            if train.accumulation_steps > 1:
-                loss = loss / train.accumulation_steps
-            torch.autograd.backward(self.scaler.scale(loss))
+            with reducing(self.forward, is_last=number == train.accumulation_steps - 1):
+                with self.autocast():
+                    loss = self._trained_loss(batch)
+                if train.accumulation_steps > 1:
+                    loss = loss / train.accumulation_steps
+                torch.autograd.backward(self.scaler.scale(loss))
         if train.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.trainable, train.clip_grad_norm)
