@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from planner.trials import Trial
+from planner.trials import Source, Trial
 from planner.units import format_bytes
 
 GROWING_STEPS = 3
@@ -24,6 +24,8 @@ MOST_STEPS = 8
 """For an allocator that takes and gives back memory in every step: it thrashes, and that shows."""
 LONG_STEP_S = 1.0
 """A step that lasts so long is timed once."""
+PREDICTED_GROWING_STEPS = 2
+"""The same on the virtual GPU, which takes three steps and where no scaler skips one."""
 MAX_STEPS = 1_000_000
 """A leak that lasts longer than this harms no training run."""
 SLOWER = 1.1
@@ -47,14 +49,17 @@ class Leak:
     bytes_per_step: int
     steps_left: int
     """After the trial's own, until allocated bytes meet the capacity at this pace; fewer if it has to share."""
+    source: Source
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "source": str(self.source)}
 
     def sentence(self) -> str:
+        predicted = ", predicted" if self.source is Source.PREDICTED else ""
         return (
-            f"a leak: at batch size {self.batch_size} every step leaves {format_bytes(self.bytes_per_step)} more "
-            f"allocated, so that memory runs out after about {self.steps_left} more steps; nothing is certified"
+            f"a leak{predicted}: at batch size {self.batch_size} every step leaves "
+            f"{format_bytes(self.bytes_per_step)} more allocated, so that memory runs out after about "
+            f"{self.steps_left} more steps; nothing is certified"
         )
 
 
@@ -90,14 +95,14 @@ def leak_of(trial: Trial, capacity_bytes: int) -> Leak | None:
     """The leak that a trial which fits shows; ``None`` for none, or for one that no training run lives to see."""
     allocated = [int(count) for count in trial.details.get("allocated_after_step_bytes", ())]
     steps = growing_steps(allocated)
-    if not trial.fits or steps < GROWING_STEPS:
+    if not trial.fits or steps < (GROWING_STEPS if trial.source is Source.MEASURED else PREDICTED_GROWING_STEPS):
         return None
     per_step = (allocated[-1] - allocated[-1 - steps]) // steps
     peak = trial.peaks.allocated_bytes if trial.peaks else allocated[-1]
     steps_left = max(capacity_bytes - peak, 0) // max(per_step, 1)
     if steps_left >= MAX_STEPS:
         return None
-    return Leak(batch_size=trial.batch_size, bytes_per_step=per_step, steps_left=steps_left)
+    return Leak(batch_size=trial.batch_size, bytes_per_step=per_step, steps_left=steps_left, source=trial.source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -248,13 +248,8 @@ class _VariantWork:
             return self._failed(result.failure, result.notes)
         self._compare(runner, result)
         notes = [*_notes_of(result.trials), *result.notes]
-        if self.is_measured and result.best is not None:
-            found, said = beyond_largest(
-                partial(self._run_extra, runner, result), self.log.trials, result.best,
-                capacity_bytes=self.capacity_bytes, multiple_of=constraints.multiple_of,
-                # Each further size of a compiled variant is compiled first.
-                speed=constraints.speed and self.variant.compile is Compile.OFF,
-            )  # fmt: skip
+        if result.best is not None:
+            found, said = self._beyond(runner, result, result.best)
             details |= found
             notes += said
         if self.spec.train.global_batch_size is not None:
@@ -309,6 +304,16 @@ class _VariantWork:
         if known.max_batch_size is None:
             return None
         return {"max_batch_size": known.max_batch_size, "source": str(known.source)}
+
+    def _beyond(self, runner: TrialRunner, result: SearchResult, best: Trial) -> tuple[dict[str, Any], list[str]]:
+        if not self.is_measured:
+            return leak_details(best, self.capacity_bytes)
+        # Each further size of a compiled variant is compiled first.
+        speed = self.spec.search.speed and self.variant.compile is Compile.OFF
+        return beyond_largest(
+            partial(self._run_extra, runner, result), self.log.trials, best, capacity_bytes=self.capacity_bytes,
+            multiple_of=self.spec.search.multiple_of, speed=speed,
+        )  # fmt: skip
 
     def _run_extra(self, runner: TrialRunner, result: SearchResult, size: int, fresh: bool, left: int) -> Trial:
         low, high = result.max_batch_size or 0, result.first_oom_batch_size

@@ -174,7 +174,10 @@ def judge_predicted(variant: Variant, trial: Trial, capacity_bytes: int, notes: 
         kind, reason = VerdictKind.UNKNOWN, f"predicted without an interval: {trial.error or 'nothing to go by'}"
     else:
         needs = f"predicted: needs {format_bytes(interval.low_bytes)} to {format_bytes(interval.high_bytes)}"
-        if interval.high_bytes <= capacity_bytes:
+        leak = leak_of(trial, capacity_bytes)
+        if interval.high_bytes <= capacity_bytes and leak is not None:
+            kind, reason = VerdictKind.UNKNOWN, f"{needs}, within {limit}, but there is {leak.sentence()}"
+        elif interval.high_bytes <= capacity_bytes:
             kind, reason = VerdictKind.FITS, f"{needs}, within {limit}"
         elif interval.low_bytes > capacity_bytes:
             kind, reason = VerdictKind.DOES_NOT_FIT, f"{needs}, more than {limit}"

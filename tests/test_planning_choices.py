@@ -76,9 +76,9 @@ class Runner:
         thrashes = size >= gpu.thrashes_from
         step_s = (gpu.fixed_s + 0.01 * size * steps) * (2 if thrashes else 1)
         details = {"samples_per_step": size * steps}
-        if measured:
-            grown = [needed // 2 + gpu.leak_bytes * step for step in range(5)]
-            details |= {"allocated_after_step_bytes": grown}
+        details["allocated_after_step_bytes"] = [
+            needed // 2 + gpu.leak_bytes * step for step in range(5 if measured else 3)
+        ]
         return Trial(
             batch_size=size, outcome=Outcome.FITS if fits else Outcome.OOM, source=gpu.source,
             peaks=Peaks(allocated_bytes=min(needed, self.capacity_bytes), reserved_bytes=min(needed, 16 * GIB)),
@@ -227,12 +227,17 @@ def test_thrashing_is_told_without_the_trials_for_speed_too():
 def test_a_leak_is_reported_and_nothing_is_certified():
     plan = plan_of(Gpu(leak_bytes=12 * MIB), QUIET)
     left = (16 * GIB - 64 * SAMPLE) // (12 * MIB)
-    assert plan.details["leak"] == {"batch_size": 64, "bytes_per_step": 12 * MIB, "steps_left": left}
+    assert plan.details["leak"] == {
+        "batch_size": 64, "bytes_per_step": 12 * MIB, "steps_left": left, "source": "measured",
+    }  # fmt: skip
     assert (plan.max_batch_size, plan.certified) == (64, False)
     assert any(note.startswith("a leak: at batch size 64 every step leaves 12.0 MiB more") for note in plan.notes)
     (one,) = plan_sweep(make_spec(), Gpu(leak_bytes=12 * MIB), batch_size=32)
     assert (one.fits, one.details["leak"]["steps_left"]) == (True, 8 * GIB // (12 * MIB))
     assert one.notes
+    predicted = plan_of(Gpu(PREDICTED, leak_bytes=12 * MIB))
+    assert predicted.details["leak"] == {**plan.details["leak"], "source": "predicted"}
+    assert predicted.notes[0].startswith("a leak, predicted: at batch size 64 every step leaves 12.0 MiB more")
 
 
 def test_a_global_batch_size_is_reached_exactly_by_micro_batches_that_ran_while_accumulating():

@@ -172,6 +172,7 @@ class VirtualRunner:
             details={
                 "samples_per_step": batch_size * self._spec.train.accumulation_steps,
                 **({"needed_bytes": needed["bytes"]} if needed else {}),
+                "allocated_after_step_bytes": reply.get("allocated_after_step_bytes", []),
                 "traced": reply["traced"],
                 "traced_batch_sizes": reply["traced_batch_sizes"],
                 "unmodelled": reply["unmodelled"],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from planner.allocator import AllocatorConfig, replay
+from planner.allocator.config import MIN_BLOCK_BYTES
 from planner.units import MIB, format_bytes
 from planner.virtual.scaling import Scaled, TraceFamily
 
@@ -79,6 +81,7 @@ def predict_trial(
         "notes": [_SURPRISE.format(batch_size)] if scaled.surprising else [],
     }
     if fresh:
+        reply["allocated_after_step_bytes"] = allocated_after_steps(scaled)
         needed = _needed(run, free.peak_allocated_bytes, free.peak_reserved_bytes)
         reply["needed"] = _interval(needed, scaled, compute_capability)
     if limited.oom is not None:
@@ -86,6 +89,19 @@ def predict_trial(
     reply["num_events"], reply["num_replays"] = len(scaled.events), replayed
     reply["timings"] = {"tracing_s": round(traced - start, 4), "replay_s": round(time.perf_counter() - traced, 4)}
     return reply
+
+
+def allocated_after_steps(scaled: Scaled) -> list[int]:
+    """Allocated bytes at the end of each training step, each block rounded up as the allocator does."""
+    marks = [*scaled.trace.marks, (len(scaled.events), "end")]
+    ends = {after for (_, name), (after, _) in pairwise(marks) if name.startswith("step")}
+    found, live = [], 0
+    for index, event in enumerate(scaled.events.order, start=1):
+        size = -(-scaled.events.sizes[event if event >= 0 else ~event] // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
+        live += size if event >= 0 else -size
+        if index in ends:
+            found.append(live)
+    return found
 
 
 _SURPRISE = "batch size {} was traced: its memory events are not those that smaller batch sizes foretold"
