@@ -232,7 +232,7 @@ def test_a_compiled_step_says_what_compiling_took_cold_and_warm(compiler: Any) -
     assert (cold["cache"]["warm"], warm["cache"]["warm"]) == (False, True)
     assert cold["compile_s"] > warm["compile_s"] > 0
     assert cold["num_graphs"] == 1
-    assert reports[0]["notes"] == []
+    assert "notes" not in reports[0]
 
 
 def test_where_a_compiled_model_runs_eager_is_said(compiler: Any) -> None:

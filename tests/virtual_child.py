@@ -81,6 +81,7 @@ def traced(*, spec: Any, variant: Any, batch_size: int, num_steps: int = 2) -> d
             "events": list(trace.events),
             "operators": list(trace.operators),
             "born_before_step_1": sum(event >= 0 for event in trace.events[: starts["step 1"]]),
+            "notes": list(trace.notes),
             "marks": [name for _, name in trace.marks],
             "unmodelled": sorted({doubt.operator for doubt in trace.doubts if not doubt.modelled}),
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -58,3 +60,23 @@ def logging_step(model: Any, batch: Any, optimizer: Any, scaler: Any, autocast: 
     optimizer.step()
     if len(_losses) % 2:
         _losses.append(loss.detach())
+
+
+def reading_step(
+    model: Callable[..., torch.Tensor],
+    batch: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> None:
+    """A training step that keeps the loss for a log, and skips the update where it is not finite."""
+    optimizer.zero_grad()
+    with autocast():
+        loss = model(**batch)
+    torch.autograd.backward(loss)
+    LOG.append(loss.item())
+    if not torch.isnan(loss):
+        optimizer.step()
+
+
+LOG: list[float] = []

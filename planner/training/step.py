@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from planner.errors import InvalidSpec, ModelError
-from planner.specs.model import DataKind, Spec
+from planner.specs.model import DataKind, Routing, Spec
 from planner.specs.variants import Checkpointing, Compile, Loss, MemoryFormat, Parallelism, Precision, Sdpa, Variant
 from planner.training.attention import AttentionCalls, attention_by
 from planner.training.checkpointing import checkpointing_failures, enable_checkpointing
@@ -19,6 +19,7 @@ from planner.training.data import Batch, make_batch, positional
 from planner.training.freezing import freeze
 from planner.training.optimizers import make_optimizer
 from planner.training.parallel import check_parallel, reducing, replicate, shard
+from planner.training.routing import NOTE, WorstRouting
 from planner.training.schedule import Phase
 from planner.training.targets import import_target
 
@@ -60,6 +61,7 @@ class Training:
         self.model = model.to(**options) if options else model
         if is_sharded:
             shard(self.model, variant, device)
+        self.worst_routing = WorstRouting() if spec.train.routing is Routing.WORST else None
         self._attention_calls = AttentionCalls()
         self._is_first = True
         self.forward: Callable[..., Any] = self.model
@@ -112,20 +114,26 @@ class Training:
                 stack.enter_context(self.compiled.failures())
             elif watched:
                 stack.enter_context(self._attention_calls)
+            if self.worst_routing is not None:
+                stack.enter_context(self.worst_routing)
             stack.enter_context(checkpointing_failures())
             stack.enter_context(attention_by(self.variant.sdpa))
             size = phase.size(batch_size)
             (self.evaluate if phase.is_evaluation else self.step)(size, phase.sequence_length)
         if watched:
             self._attention_calls.check()
+        if self.worst_routing is not None:
+            self.worst_routing.check()
 
     def report(self) -> dict[str, Any]:
         """What there is to say of the phases that were run, as JSON data: ``compile`` and ``notes``, where there are
         any."""
-        if self.compiled is None:
-            return {}
-        report = self.compiled.report()
-        return {"compile": report, "notes": notes_of(report)}
+        report: dict[str, Any] = {}
+        notes = [] if self.worst_routing is None else [NOTE]
+        if self.compiled is not None:
+            report["compile"] = self.compiled.report()
+            notes += notes_of(report["compile"])
+        return report | ({"notes": notes} if notes else {})
 
     def batch(self, batch_size: int, sequence_length: int | None = None) -> Batch:
         """A new random batch on the device; floats in the weights' precision when the weights are not float32."""

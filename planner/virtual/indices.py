@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from planner.errors import InvalidSpec, ModelError, PlannerError
 from planner.specs.model import DataKind, Spec
-from planner.virtual.values import value_of
+from planner.virtual.values import is_assumed, range_of, value_of
 
 aten = torch.ops.aten
 _ALONG_DIM = {aten.index_select, aten.gather, aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_}
@@ -52,10 +52,15 @@ def check_indices(func: Any, args: Any) -> None:
     """Raise ``IndexOutOfRange`` where a known index of an operator's call is outside what it indexes."""
     packet = func._overloadpacket
     for size, indices, lowest, ignored in _indices(packet, args):
-        known = value_of(indices)
-        if known is None or known.numel() == 0 or known.dtype in (torch.bool, torch.uint8):
+        if is_assumed(indices):
             continue
-        low, high = _extremes(known, ignored)
+        known, bounds = value_of(indices), range_of(indices)
+        if known is not None and known.numel() and known.dtype not in (torch.bool, torch.uint8):
+            low, high = _extremes(known, ignored)
+        elif known is None and bounds is not None:
+            low, high = bounds
+        else:
+            continue
         if low < lowest or high >= size:
             worst = high if high >= size else low
             name = str(packet).removeprefix("aten.")

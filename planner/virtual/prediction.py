@@ -78,7 +78,7 @@ def predict_trial(
         "traced": scaled.exact,
         "traced_batch_sizes": list(family.traced_sizes),
         "unmodelled": sorted(operator for operator, _, modelled in scaled.doubts if not modelled),
-        "notes": [_SURPRISE.format(batch_size)] if scaled.surprising else [],
+        "notes": [*scaled.trace.notes, *([_SURPRISE.format(batch_size)] if scaled.surprising else [])],
     }
     if fresh:
         reply["allocated_after_step_bytes"] = allocated_after_steps(scaled)

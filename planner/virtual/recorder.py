@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from planner.errors import ModelError
-from planner.virtual import packing, recurrent, repeats, values
+from planner.virtual import assumptions, packing, recurrent, repeats, values
 from planner.virtual.attention import adds_in_place
 from planner.virtual.backend import NAME, kernels_beside_decompositions
 from planner.virtual.indices import check_indices
@@ -125,6 +125,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._main = threading.get_ident()
         self.in_optimizer = False
         """Whether an optimizer takes its step: what it reads scales its update, and no size follows from it."""
+        self.in_own_step = False
+        """Whether a step of the user's own runs, outside its model: what it reads it shows or compares."""
 
     def stop(self) -> None:
         """Record nothing more: what dies from now on does so because the trace is at its end."""
@@ -146,8 +148,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _READS:
             known = values.value_of(args[0])
             if known is not None:
+                if values.is_assumed(args):
+                    self.trace.note(assumptions.BALANCED)
                 with unset_fake_temporarily():
                     return known.item()
+            if args[0].device.type == NAME and self.in_own_step and not self.in_optimizer:
+                self.trace.note(assumptions.READ_BY_STEP)
+                return args[0].dtype is not torch.bool and (1.0 if args[0].is_floating_point() else 1)
             if args[0].device.type == NAME and not self.in_optimizer:
                 raise ModelError(
                     "the model reads the value of a tensor that depends on its weights; the virtual GPU has none",
@@ -171,12 +178,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return outputs
         check_indices(func, args)
         real = values.compute_values(func, args, kwargs)
+        assumed = real is not values.UNKNOWN and values.is_assumed(args, kwargs)
         if real is values.UNKNOWN:
             values.forget_mutated(func, args, kwargs)
         try:
             shape = self._shape_functions.get(func)
             outputs = shape(*args, **kwargs) if shape is not None else func(*args, **kwargs)
         except torch._subclasses.fake_tensor.DynamicOutputShapeException as error:
+            if values.is_assumed(args):
+                self.trace.note(assumptions.BALANCED)
             if real is not values.UNKNOWN:
                 outputs = torch.utils._pytree.tree_map(lambda item: torch.empty_like(item, device=args[0].device), real)
             elif func is aten.index.Tensor and (listed := values.listed_indices(args[1])) is not None:
@@ -187,7 +197,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 ) from error
         values.adopt_constants(outputs)
         if real is not values.UNKNOWN:
-            values.attach_values(outputs, real)
+            values.attach_values(outputs, real, assumed=assumed)
+        else:
+            assumptions.assume_choice(func, args, kwargs, outputs)
+        values.carry_range(func, args, outputs)
         if func is aten.scalar_tensor.default and _is_assignment():
             # ``tensor[index] = 1``: on CUDA the number stays in host memory (``THPVariable_setitem`` of
             # torch/csrc/autograd/python_variable_indexing.cpp).

@@ -98,6 +98,8 @@ def described(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Call | 
                 return None
     if not tensors:
         return None
+    if any("_planner_range" in tensor.__dict__ for tensor in tensors):
+        return None
     known = [tensor for tensor in tensors if tensor.__dict__.get("_planner_value") is not None]
     if known and (len(known) == len(tensors) or func._schema.is_mutable or not _only_layouts_decide(func, known)):
         return None

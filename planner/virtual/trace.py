@@ -101,6 +101,8 @@ class Trace:
     """``(index into events, name)``: where a phase begins."""
     doubts: list[Doubt] = field(default_factory=list)
     """Where what a kernel allocates is not known exactly, in the order of the calls."""
+    notes: list[str] = field(default_factory=list)
+    """What was assumed, in sentences that the user must see."""
     owners: list[tuple[str, str]] = field(default_factory=lambda: [("", "")])
     """``(module, tensor)``: the path of a module, and the name of its parameter, buffer or state; the first is outside
     any module."""
@@ -134,6 +136,10 @@ class Trace:
 
     def free(self, block: int) -> None:
         self.events.append(~block)
+
+    def note(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
 
     def mark(self, name: str) -> None:
         self.marks.append((len(self.events), name))

@@ -103,6 +103,8 @@ def trace_steps(
                     if not copies or spec.train.step or not repeat_last_step(recorder.trace):
                         recorder.trace.mark(phase.name)
                         training.run(phase, batch_size)
+                for sentence in training.report().get("notes", ()):
+                    recorder.trace.note(sentence)
                 recorder.stop()
     except IndexOutOfRange as error:
         raise error.of_spec(spec) from error
@@ -140,7 +142,17 @@ def _followed(training: Training, recorder: Recorder) -> Iterator[None]:
         owners.mark_state(model, training.optimizer)
 
     training.batch = batch  # type: ignore[method-assign]
+
+    def enter_model(*_: object) -> None:
+        recorder.in_own_step = False
+
+    def leave_model(*_: object) -> None:
+        recorder.in_own_step = training.custom_step is not None
+
+    leave_model()
     hooks = [
+        model.register_forward_pre_hook(enter_model),
+        model.register_forward_hook(leave_model, always_call=True),
         training.optimizer.register_step_pre_hook(before_step),
         training.optimizer.register_step_post_hook(after_step),
     ]

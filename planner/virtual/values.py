@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 UNKNOWN = object()
 _LIMIT = 1 << 20  # elements: ample for a batch of masks, little enough to compute in passing
+MAX_ASSUMED = 1 << 25
+"""The same for what follows from an assumed value (``planner.virtual.assumptions``): a router's choice for each token
+and expert."""
 aten = torch.ops.aten
 
 _FACTORIES = {
@@ -38,6 +41,31 @@ def value_of(tensor: object) -> torch.Tensor | None:
     return None
 
 
+def mark_assumed(tensor: FakeTensor) -> None:
+    """Its value, and whatever shares memory with it, is an assumption."""
+    known = value_of(tensor)
+    if known is not None:
+        storage = known.untyped_storage()
+        key = storage._cdata
+        _assumed[key] = weakref.ref(storage, lambda _: _assumed.pop(key, None))
+
+
+def is_assumed(*arguments: Any) -> bool:
+    """Whether any tensor among ``arguments`` has a value that follows from an assumption."""
+    if not _assumed:
+        return False
+    known = (value_of(item) for item in tree_leaves(arguments) if isinstance(item, FakeTensor))
+    return any(value is not None and value.untyped_storage()._cdata in _assumed for value in known)
+
+
+def range_of(tensor: object) -> tuple[int, int] | None:
+    """The least and the greatest value of an integer tensor that is too large for its values to be kept; ``None`` where
+    they are not known."""
+    return tensor.__dict__.get("_planner_range") if isinstance(tensor, FakeTensor) else None
+
+
+_assumed: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+"""Storages of values that follow from an assumption."""
 _overwritten: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 """Storages of values that are not true any more: views of a tensor have values that are views of its value."""
 
@@ -62,9 +90,10 @@ def compute_values(func: Any, args: Any, kwargs: Any) -> Any:
     shape_only = func._overloadpacket in _FACTORIES
     if not tensors and not shape_only:
         return UNKNOWN
+    limit = MAX_ASSUMED if is_assumed(tensors) else _LIMIT
     if not shape_only:
         for item in tensors:
-            if item.numel() > _LIMIT or value_of(item) is None:
+            if item.numel() > limit or value_of(item) is None:
                 return UNKNOWN
 
     def real(item: Any) -> Any:
@@ -77,12 +106,32 @@ def compute_values(func: Any, args: Any, kwargs: Any) -> Any:
 
     with unset_fake_temporarily(), torch.no_grad():
         real_args, real_kwargs = tree_map(real, args), tree_map(real, kwargs)
-        if shape_only and func(*real_args, **{**real_kwargs, "device": "meta"}).numel() > _LIMIT:
-            return UNKNOWN  # host memory is not the GPU's: nothing large is made here
-        result = func(*real_args, **real_kwargs)
+        if shape_only:
+            made = func(*real_args, **{**real_kwargs, "device": "meta"})
+            if made.numel() > (_LARGE_ZEROS if _is_for_choices(func, made) else _LIMIT):
+                return UNKNOWN  # host memory is not the GPU's: nothing large is made here
+        if func._overloadpacket is aten.histc and not real_args[0].is_floating_point():  # CUDA's counts whole numbers
+            result = func(real_args[0].double(), *real_args[1:], **real_kwargs).to(real_args[0].dtype)
+        else:
+            try:
+                result = func(*real_args, **real_kwargs)
+            except NotImplementedError:
+                return UNKNOWN  # a dtype that only the GPU's kernel takes
+            except (RuntimeError, IndexError):
+                if is_assumed(tensors):
+                    return UNKNOWN  # what was assumed does not suit what the model does with it
+                raise
         if func._overloadpacket is aten.randint:
             _show_range(result, real_args)
         return result
+
+
+_LARGE_ZEROS = 1 << 24
+
+
+def _is_for_choices(func: Any, made: torch.Tensor) -> bool:
+    """Zeros of whole numbers: ``one_hot`` makes them, and marks in them what a router chose."""
+    return func._overloadpacket is aten.zeros and made.dtype is torch.int64
 
 
 def _show_range(drawn: torch.Tensor, args: Any) -> None:
@@ -115,11 +164,44 @@ def adopt_constants(outputs: Any) -> None:
             item.constant = None
 
 
-def attach_values(outputs: Any, values: Any) -> None:
-    """Tie the real results to their fakes."""
+def attach_values(outputs: Any, values: Any, *, assumed: bool = False) -> None:
+    """Tie the real results to their fakes; of large ones their range alone."""
     for fake, real in zip(tree_leaves(outputs), tree_leaves(values), strict=True):
-        if isinstance(fake, FakeTensor) and isinstance(real, torch.Tensor) and real.numel() <= _LIMIT:
+        if not isinstance(fake, FakeTensor) or not isinstance(real, torch.Tensor):
+            continue
+        if real.numel() <= (MAX_ASSUMED if assumed else _LARGE_ZEROS if real.dtype is torch.int64 else _LIMIT):
             set_value(fake, real)
+            if assumed:
+                mark_assumed(fake)
+        elif real.dtype in _WHOLE:
+            with unset_fake_temporarily():
+                fake.__dict__["_planner_range"] = int(real.min()), int(real.max())
+
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8)
+_REARRANGING = {
+    packet
+    for name in """view _unsafe_view reshape expand slice select transpose permute t clone contiguous _to_copy alias
+    detach unsqueeze squeeze narrow as_strided split chunk unbind""".split()
+    if (packet := getattr(aten, name, None)) is not None
+}
+
+
+def carry_range(func: Any, args: Any, outputs: Any) -> None:
+    """Tell the range of whole numbers without values: drawn at random, or rearranged from others of a known range."""
+    packet = func._overloadpacket
+    if packet is aten.randint:
+        bounds = [item for item in args if isinstance(item, int)]
+        low, high = (0, *bounds)[-2:]
+        found: tuple[int, int] | None = (low, high - 1)
+    elif packet in _REARRANGING:
+        found = range_of(args[0])
+    else:
+        return
+    if found is not None:
+        for item in tree_leaves(outputs):
+            if isinstance(item, FakeTensor) and item.dtype in _WHOLE and value_of(item) is None:
+                item.__dict__["_planner_range"] = found
 
 
 def listed_indices(indices: Any) -> list[Any] | None:
