@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+import yaml
 from planner_api.settings import Settings
 
 from planner.cli.app import app
+from planner.specs.document import parse_spec
+from planner.specs.model import DataSpec, ModelSpec, SearchSpec, TrainSpec
+from planner.specs.variants import AXES, VariantAxes
 
 ROOT = Path(__file__).parent.parent
 CLI = (ROOT / "docs/cli.md").read_text()
@@ -111,3 +117,21 @@ def code_of(text: str) -> str:
     indented = re.findall(r"^    (.*)$", text, re.MULTILINE)
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     return "\n".join([*blocks, *indented, *inline])
+
+
+def test_every_key_and_value_of_a_spec_is_documented() -> None:
+    text = (ROOT / "docs/spec.md").read_text()
+    documented = set(re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))
+    sections = {"model": ModelSpec, "data": DataSpec, "train": TrainSpec, "variants": VariantAxes, "search": SearchSpec}
+    for name, section in sections.items():
+        assert f"## `{name}`" in text
+        keys = {item.name for item in fields(section)} - ({"config"} if name == "model" else set())
+        assert keys <= documented, f"{name}: {sorted(keys - documented)}"
+    for axis, values in AXES.items():
+        if isinstance(values, type) and issubclass(values, StrEnum):
+            assert {str(value) for value in values} <= documented, axis
+
+
+def test_the_example_of_a_spec_is_one() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/spec.md").read_text(), flags=re.DOTALL)
+    assert len(parse_spec(yaml.safe_load(example)).variants.product()) == 96
