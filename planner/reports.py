@@ -44,6 +44,16 @@ KIND_NAMES: Mapping[str, str] = {
 """The kinds of memory of an explanation (``planner.virtual.explanation.Kind``), for people, in the order of a table
 where two are equal."""
 
+SUM_NAMES: Mapping[str, str] = {
+    "rounding_bytes": "rounding",
+    "allocated_bytes": "= allocated",
+    "cached_bytes": "cached, not in use",
+    "reserved_bytes": "= reserved",
+    "outside_bytes": "context and libraries",
+    "device_bytes": "= device",
+}
+"""What the kinds of an explanation sum up to on the way to the device's bytes, and what comes on top, in order."""
+
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
     """A plan as ``probe`` and ``predict`` print it (contract, "JSON of probe and predict")."""

@@ -254,6 +254,15 @@ def test_one_batch_size_is_advised_by_its_largest(tmp_path: Path, capsys: pytest
     assert "does not fit: this is without a limit" in capsys.readouterr().out
 
 
+def test_a_stored_plan_is_shown_with_its_explanation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _explain(tmp_path, "--variant", "fp32", "--no-advise", "--json", "--quiet")[0] == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    assert run(["plans", "show", plan["id"], "--store", f"sqlite:///{tmp_path}/store.db"]) == 0
+    shown = capsys.readouterr().out
+    assert "fp32, batch size 9 on h200 (predicted)" in shown
+    assert "what takes the memory" in shown
+
+
 def test_nothing_is_faked_in_this_one(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN)
     command = [sys.executable, "-m", "planner.cli", "explain", "own.yaml", "--gpu", "h200", "--capacity", "1GiB"]

@@ -6,20 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from planner.reports import KIND_NAMES
+from planner.reports import KIND_NAMES, SUM_NAMES
 
 WIDTH: Final = 1000
 HEIGHT: Final = 240
 """Of the timeline, in the units of its ``viewBox``."""
-
-_SUMS: Final = (
-    ("rounding_bytes", "rounding"),
-    ("allocated_bytes", "= allocated"),
-    ("cached_bytes", "cached, not in use"),
-    ("reserved_bytes", "= reserved"),
-    ("outside_bytes", "context and libraries"),
-    ("device_bytes", "= device"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +86,7 @@ def memory_view(explanation: Mapping[str, Any] | None) -> MemoryView | None:
 def _parts(peak: Mapping[str, Any]) -> Iterable[Part]:
     counts = [(KIND_NAMES.get(kind, kind), count) for kind, count in peak["kinds"].items()]
     counts.sort(key=lambda item: -item[1])
-    counts += [(name, peak[key]) for key, name in _SUMS if not name.startswith("=")]
+    counts += [(name, peak[key]) for key, name in SUM_NAMES.items() if not name.startswith("=")]
     for name, count in counts:
         share = 100 * count / peak["device_bytes"] if peak["device_bytes"] else 0.0
         yield Part(name=name, bytes=count, share=round(share, 2) if share >= 0.2 else 0.0)
@@ -110,7 +101,7 @@ def _kind_rows(allocated: Mapping[str, Any], reserved: Mapping[str, Any]) -> Ite
             reserved=reserved["kinds"].get(kind, 0),
             is_sum=False,
         )
-    for key, name in _SUMS:
+    for key, name in SUM_NAMES.items():
         yield KindRow(name=name, allocated=allocated[key], reserved=reserved[key], is_sum=name.startswith("="))
 
 

@@ -10,22 +10,13 @@ from rich.console import Console
 from planner.cli import wording
 from planner.cli.tables import plain_table
 from planner.cli.terminal import print_lines
-from planner.reports import KIND_NAMES
+from planner.reports import KIND_NAMES, SUM_NAMES
 from planner.specs.variants import variant_label
 from planner.units import format_bytes
 
 CHART_ROWS = 8
 _CHART_MARGIN = 11
 _MOST_COLUMNS = 96
-
-_SUMS = {
-    "rounding_bytes": "rounding",
-    "allocated_bytes": "= allocated",
-    "cached_bytes": "cached, not in use",
-    "reserved_bytes": "= reserved",
-    "outside_bytes": "context and libraries",
-    "device_bytes": "= device",
-}
 
 
 def print_explanation(console: Console, plan: Mapping[str, Any]) -> None:
@@ -52,7 +43,7 @@ def _print_kinds(console: Console, peaks: Mapping[str, Any]) -> None:
         if any(counts):
             cells = [_cells(moment, count) for moment, count in zip(moments, counts, strict=True)]
             table.add_row(KIND_NAMES[kind], *cells[0], *cells[1])
-    for key, name in _SUMS.items():
+    for key, name in SUM_NAMES.items():
         table.add_row(name, *_cells(moments[0], moments[0][key]), *_cells(moments[1], moments[1][key]))
     console.print(table)
     first, second = (moment["when"] for moment in moments)

@@ -103,3 +103,8 @@ def _print_plan(plan: dict[str, Any]) -> None:
         table.add_row(str(trial["batch_size"]), trial["outcome"], *peaks, "yes" if trial.get("fresh_process") else "no")
     console.print()
     console.print(table)
+    if plan.get("explanation"):
+        from planner.cli.explanation import print_explanation
+
+        console.print()
+        print_explanation(console, plan)
