@@ -249,7 +249,8 @@ def _restrided(indices: Sequence[torch.Tensor]) -> Iterator[Step]:
     aten/src/ATen/native/TensorAdvancedIndexing.cpp, trace of bloom."""
     if len(indices) < 2:
         return
-    expanded = torch.broadcast_tensors(*(torch.empty_strided(i.shape, i.stride(), device="meta") for i in indices))
+    shaped = [torch.empty_strided(item.shape, item.stride(), device="meta") for item in indices]
+    expanded: Sequence[torch.Tensor] = torch.broadcast_tensors(*shaped)  # type: ignore[no-untyped-call]
     if len({item.stride() for item in expanded}) > 1:
         for item in expanded:
             if not item.is_contiguous():
