@@ -32,7 +32,12 @@ ROOT = Path(__file__).parents[1]
 PLANS = ROOT / "measurements" / "h200" / "convolution-plans.json.gz"
 MEASURED = ROOT / "measurements" / "h200" / "convolutions.json.gz"
 TABLE = ROOT / "planner" / "virtual" / convolutions.TABLE
-TABLE_OF = {"bfloat16-nchw": Tensors(2, False), "bfloat16-nhwc": Tensors(2, True), "float32-nchw": Tensors(4, False)}
+TABLE_OF = {
+    "bfloat16-nchw": Tensors(2, False),
+    "bfloat16-nhwc": Tensors(2, True),
+    "float32-nchw": Tensors(4, False),
+    "float32-nhwc": Tensors(4, True),
+}
 BLOCK = 512  # the allocator's unit, thus the resolution of a measurement
 UNSPLIT = 1 << 20  # a rest of at most this much stays part of a large block
 MIB = 1 << 20
@@ -84,7 +89,8 @@ def explain(row: Row) -> Recipe:
         return Recipe(extra=row.bytes)
     if (row.direction, row.engine, layer.taps) == ("wgrad", CUBLASLT_WGRAD, 1) and not tensors.channels_last:
         return Recipe(per_sample=True, extra=max(0, row.bytes - 4 * row.n * layer.weights))
-    if tensors.channels_last and layer.c % 8 == 0 == layer.k % 8:
+    aligned = 8 if tensors.element_bytes == 2 else 4
+    if tensors.channels_last and layer.c % aligned == 0 == layer.k % aligned:
         return Recipe(extra=row.bytes)
     parts = copied(layer, row.n, tensors)
     found = Recipe(extra=row.bytes)

@@ -37,13 +37,13 @@ def elements(layer: Any) -> int:
     return int(max(c * math.prod(size), k * math.prod(out)))
 
 
-def questions(layers: list[Any]) -> list[Question]:
+def questions(layers: list[Any], dtypes: list[str]) -> list[Question]:
     chosen = random.Random(0)  # noqa: S311 - a repeatable order, not a secret
 
-    def of(kinds: list[tuple[str, bool]], batches: tuple[int, ...], every: int = 1) -> list[Question]:
+    def of(kinds: list[tuple[str, bool]], batches: tuple[int, ...]) -> list[Question]:
         found = [
             (index, direction, dtype, last, n)
-            for index, layer in list(enumerate(layers))[::every]
+            for index, layer in enumerate(layers)
             for n in batches
             if n * elements(layer) <= MOST_ELEMENTS
             for dtype, last in kinds
@@ -52,13 +52,9 @@ def questions(layers: list[Any]) -> list[Question]:
         chosen.shuffle(found)
         return found
 
-    usual = [("bfloat16", False), ("float32", False)]
-    return [
-        *of(usual, BATCHES),
-        *of([("float16", False), ("float16", True)], (1, 8, 64), every=12),
-        *of(usual, FURTHER),
-        *of([("bfloat16", True), ("float32", True)], (*BATCHES, 256)),
-    ]
+    nchw = [(dtype, False) for dtype in dtypes]
+    nhwc = [(dtype, True) for dtype in dtypes if dtype != "float16"]  # which is taken as bfloat16
+    return [*of(nchw, BATCHES), *of(nchw, FURTHER), *of(nhwc, (*BATCHES, 256))]
 
 
 _cudnn: Any = None
@@ -86,10 +82,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     parser.add_argument("--seconds", type=float, default=400.0)
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "float16"])
     options = parser.parse_args()
     begun = time.monotonic()
     layers = json.loads(gzip.decompress(LAYERS.read_bytes()))
-    asked = questions(layers)
+    asked = questions(layers, options.dtypes)
     whole = [(direction, dtype, last, n, *layers[index]) for index, direction, dtype, last, n in asked]
     batches = sorted((*BATCHES, *FURTHER))
     plans: dict[str, list[list[Any]]] = {}

@@ -20,6 +20,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -34,9 +35,9 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 TABLE = "convolutions_sm90.json.gz"
 MEASURED_ON = (9, 0)
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-MEASURED_TENSORS = (Tensors(2, False), Tensors(2, True), Tensors(4, False))
+MEASURED_TENSORS = (Tensors(2, False), Tensors(2, True), Tensors(4, False), Tensors(4, True))
 PARTIAL_SUMS = 20 << 20  # more than 99% of the measured divided reductions take less
-FAR = 1.5
+FAR = 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,8 @@ def workspace_bytes(
     ``direction`` is ``forward``, ``dgrad`` (the gradient of the input) or ``wgrad`` (of the weights); a transposed
     convolution's forward pass is the ``dgrad`` of the convolution that it transposes. ``dtype`` is that of the kernel,
     after autocast: ``bfloat16``, ``float16``, ``float32`` (with TF32 allowed, PyTorch's default for convolutions) or
-    ``float64``. Says what the H200 answered: for another compute capability, for ``float64`` and for ``float32`` with
-    ``channels_last``, of which no table was made, never ``exact`` and with a wide interval.
+    ``float64``. Says what the H200 answered: for another compute capability and for ``float64``, of which no table was
+    made, never ``exact`` and with a wide interval.
 
     Raises ``InvalidArgument`` for an unknown direction or dtype and for shapes that make no convolution.
     """
@@ -92,9 +93,7 @@ def workspace_bytes(
         return Workspace(0, 0, 0, True)
     # PyTorch gives cuDNN a 1d convolution as contiguous NCHW, whatever its strides.
     tensors = Tensors(ELEMENT_BYTES[dtype], channels_last and len(layer.input_size) > 1)
-    known = (
-        tensors if tensors in MEASURED_TENSORS else Tensors(2 if tensors.channels_last else 4, tensors.channels_last)
-    )
+    known = tensors if tensors in MEASURED_TENSORS else Tensors(4, tensors.channels_last)
     found = _workspace(direction, known, tensors, layer, n)
     if compute_capability != MEASURED_ON or tensors != known:
         return _widened(found, layer, n, tensors)
@@ -112,8 +111,9 @@ def _workspace(direction: str, known: Tensors, tensors: Tensors, layer: Layer, n
 def estimate(table: Table, direction: str, known: Tensors, tensors: Tensors, layer: Layer, n: int) -> Workspace:
     """By the very case, else by the layer at the closest batch size, else by the most similar layers.
 
-    The interval is that of the layer at the batch sizes on either side, or of the similar layers. Where even the most
-    similar one is far, it is that of every set of copies.
+    Of the similar layers, the most similar one among those that agree decides, the closer ones counting more. The
+    interval is that of the layer at the batch sizes on either side, or of the similar layers; where even the most
+    similar one is far, that of every set of copies.
     """
     own = table.recipes(known.key, direction, layer)
     if own:
@@ -126,7 +126,12 @@ def estimate(table: Table, direction: str, known: Tensors, tensors: Tensors, lay
     sizes = [recipe.bytes(layer, n, tensors) for _, recipe in alike]
     if not alike:
         return _widened(Workspace(0, 0, 0, False), layer, n, tensors)
-    found = Workspace(sizes[0], min(sizes), max(sizes), False)
+    votes: dict[tuple[str, bool], float] = defaultdict(float)
+    for distance, recipe in alike:
+        votes[recipe.copies, recipe.per_sample] += 1 / (0.1 + distance) ** 2
+    kind = max(votes, key=votes.__getitem__)
+    first = next(size for size, (_, r) in zip(sizes, alike, strict=True) if (r.copies, r.per_sample) == kind)
+    found = Workspace(first, min(sizes), max(sizes), False)
     return _widened(found, layer, n, tensors) if alike[0][0] > FAR else found
 
 

@@ -174,19 +174,25 @@ class Table:
 
 
 def features(layer: Layer) -> tuple[float, ...]:
-    """Where a layer lies among others of its family: logarithms of its sizes as a matrix product, and its alignment."""
+    """Where a layer lies among others of its family: logarithms of its sizes as a matrix product, and its alignment.
+
+    The weights are those of a few tried that gave the most layers kept from the table their workspace.
+    """
     log = math.log2
+    channels = (layer.c, layer.k)
     return (
-        log(layer.k),
-        log(layer.c // layer.groups),
-        2.0 * log(layer.taps),
-        0.5 * log(layer.output_pixels),
+        2.0 * log(layer.k),
+        2.0 * log(layer.c // layer.groups),
+        3.0 * log(layer.taps),
+        0.35 * log(layer.output_pixels),
         2.0 * log(max(layer.stride)),
         2.0 * log(max(layer.dilation)),
         0.5 * log(layer.groups),
-        0.25 * log(layer.kernel[0] / layer.kernel[-1]),
-        float(layer.pixels % 8 == 0),
-        float(layer.c % 8 == 0) + float(layer.k % 8 == 0),
+        log(layer.kernel[0] / layer.kernel[-1]),
+        0.2 * (layer.pixels % 8 == 0),
+        0.3 * (layer.output_pixels % 2 == 0),
+        float(sum(each % 8 == 0 for each in channels)),
+        *(0.3 * (each % multiple == 0) for each in channels for multiple in (32, 64)),
     )
 
 
