@@ -174,7 +174,7 @@ def accumulation_details(global_batch_size: int, found: Sequence[tuple[Accumulat
         "accumulation_steps": way.accumulation_steps,
         "gpus": way.gpus,
         "samples_per_second": _rate(trial) or None,
-        "timed_accumulation_steps": trial.samples_per_step // trial.batch_size,
+        "timed_accumulation_steps": trial.samples_per_step // (trial.batch_size * way.gpus),
         "source": str(trial.source),
         "candidates": [
             {

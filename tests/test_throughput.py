@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.throughput import MAX_TIMED, accumulations, fastest, knee, next_to_time, speeds
+from planner.choices import accumulation_details
+from planner.throughput import MAX_TIMED, Accumulation, accumulations, fastest, knee, next_to_time, speeds
 from planner.trials import Outcome, Source
 from tests.planning_fakes import make_trial
 
@@ -83,6 +84,13 @@ def test_a_global_batch_size_is_reached_exactly():
     assert [way.micro_batch_size for way in accumulations(512, 54, gpus=3)] == []
     assert [way.micro_batch_size for way in accumulations(512, 54, steps=16)] == [32]
     assert [way.micro_batch_size for way in accumulations(512, 54, steps=3)] == []
+
+
+def test_a_way_over_several_gpus_counts_the_samples_of_all():
+    way = Accumulation(micro_batch_size=8, accumulation_steps=16, gpus=4)
+    trial = make_trial(8, step_times_s=(1.0, 0.5), details={"samples_per_step": 8 * 4 * 4})
+    answer = accumulation_details(512, [(way, trial)])
+    assert (answer["gpus"], answer["timed_accumulation_steps"], answer["samples_per_second"]) == (4, 4, 256.0)
 
 
 @given(st.integers(1, 3000), st.integers(0, 500), st.integers(1, 8), st.integers(1, 16))

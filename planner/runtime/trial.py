@@ -154,7 +154,7 @@ class TrialProcess:
                     "context_bytes": context.context_bytes,
                     "used_before_bytes": context.used_before_bytes,
                     "num_steps": len(record.allocated_after_step_bytes),
-                    "samples_per_step": batch_size * accumulation_steps,
+                    "samples_per_step": batch_size * accumulation_steps * chosen.gpus,
                     "allocated_after_step_bytes": record.allocated_after_step_bytes,
                     "retries_after_step": record.retries_after_step,
                     "is_steady": len(record.driver_bytes) > 1 and record.driver_bytes[-1] == record.driver_bytes[-2],

@@ -170,7 +170,7 @@ class VirtualRunner:
             and Interval(low_bytes=needed["low_bytes"], high_bytes=needed["high_bytes"], basis=needed["basis"]),
             error=reply.get("error"),
             details={
-                "samples_per_step": batch_size * self._spec.train.accumulation_steps,
+                "samples_per_step": batch_size * self._spec.train.accumulation_steps * self._variant.gpus,
                 **({"needed_bytes": needed["bytes"]} if needed else {}),
                 "allocated_after_step_bytes": reply.get("allocated_after_step_bytes", []),
                 "traced": reply["traced"],
