@@ -1,9 +1,9 @@
 """Hold predictions against measurements: every case that was measured on a real GPU, at every measured batch size.
 
-    python benchmarks/accuracy.py [CASE...] [--json FILE]
+    python benchmarks/accuracy.py [CASE...] [--file FILE...] [--jobs N] [--json FILE]
 
 Prints each point, then the median and worst errors, how many largest batch sizes were exact, and how many measured
-figures lay inside their interval. Run from the repository's root; needs torch, transformers, timm and torchvision, and
+figures lay inside their interval. ``--file``: of those measurements alone, by their file's name (``unseen-2``). Run from the repository's root; needs torch, transformers, timm and torchvision, and
 no GPU.
 """
 
@@ -16,6 +16,8 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +29,27 @@ from planner.specs.variants import Checkpointing, Compile, Precision, Variant
 DATA = Path("measurements/h200")
 TOTAL_BYTES = 150_109_880_320
 SMALL = 5
+MEASURED = ("peaks", "unseen-1", "unseen-2")
 TORCH_MEASURED = (2, 11)  # kernels are chosen as the torch of the measurements chose them
 
 
-def cases() -> list[dict[str, Any]]:
+def cases(names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """``{case, spec path, variant, points: [(batch size, limit or None, measured)], bounds: [(limit, max, first
     oom)]}``."""
     found = []
-    for path in sorted((DATA / "truth").glob("*.json")):
+    for path in sorted((DATA / "truth").glob("*.json")) if not names or "truth" in names else ():
         for name, measured in json.loads(path.read_text())["variants"].items():
             precision, _, checkpointed = name.partition("+")
             spec = Path("examples") / f"{path.stem}.yaml"
             found.append(_case(path.stem, spec, precision, "full" if checkpointed else "none", measured))
-    document = json.loads(gzip.decompress((DATA / "peaks.json.gz").read_bytes()))
-    for case in document["cases"]:
-        variant = case["variant"]
-        path = Path("measurements/specs") / f"{case['case']}.yaml"
-        found.append(_case(case["case"], path, variant["precision"], variant["checkpointing"], case))
+    for name in MEASURED:
+        if names and name not in names:
+            continue
+        document = json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
+        for case in document["cases"]:
+            variant = case["variant"]
+            path = Path("measurements/specs") / f"{case['case']}.yaml"
+            found.append(_case(case["case"], path, variant["precision"], variant["checkpointing"], case))
     return found
 
 
@@ -154,25 +160,34 @@ def _worker(case: dict[str, Any], pipe: Any) -> None:
     os._exit(0)  # torch's interpreter exit is not safe with a Python backend registered
 
 
+def _in_process(case: dict[str, Any]) -> dict[str, Any]:
+    """``evaluate`` in a process of its own: tracing changes torch for good."""
+    context = multiprocessing.get_context("spawn")
+    reading, writing = context.Pipe(duplex=False)
+    process = context.Process(target=_worker, args=(case, writing))
+    process.start()
+    writing.close()
+    try:
+        result: dict[str, Any] = reading.recv()
+    except EOFError:
+        result = {"case": case["case"], "variant": case["precision"], "error": "the process died"}
+    process.join()
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--file", nargs="*", choices=["truth", *MEASURED], default=[])
+    parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
+    chosen = [
+        case for case in cases(options.file) if not options.cases or any(part in case["case"] for part in options.cases)
+    ]
     results = []
-    for case in cases():
-        if options.cases and not any(part in case["case"] for part in options.cases):
-            continue
-        reading, writing = context.Pipe(duplex=False)
-        process = context.Process(target=_worker, args=(case, writing))
-        process.start()
-        writing.close()
-        try:
-            result = reading.recv()
-        except EOFError:
-            result = {"case": case["case"], "variant": case["precision"], "error": "the process died"}
-        process.join()
+    pool = ThreadPoolExecutor(options.jobs)
+    for result in pool.map(_in_process, chosen):
         results.append(result)
         print(f"{result['case']} {result['variant']}", result.get("error", f"({result.get('seconds', 0):.1f} s)"))
         for row in result.get("rows", []):

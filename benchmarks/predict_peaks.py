@@ -23,7 +23,7 @@ from typing import Any
 sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "examples")]
 
 from planner.specs.document import load_spec
-from planner.specs.model import Variant
+from planner.specs.variants import Variant
 
 TOTAL_BYTES = 150_109_880_320
 TORCH_MEASURED = (2, 11)
