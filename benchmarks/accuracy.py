@@ -3,8 +3,8 @@
     python benchmarks/accuracy.py [CASE...] [--file FILE...] [--jobs N] [--json FILE]
 
 Prints each point, then the median and worst errors, how many largest batch sizes were exact, and how many measured
-figures lay inside their interval. ``--file``: of those measurements alone, by their file's name (``unseen-2``). Run from the repository's root; needs torch, transformers, timm and torchvision, and
-no GPU.
+figures lay inside their interval. ``--file`` takes those measurements alone, by their file's name (``unseen-2``). Run
+from the repository's root; needs torch, transformers, timm and torchvision, and no GPU.
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ def process() -> Iterator[Process]:
         yield process
 
 
-@pytest.mark.parametrize(("group", "least"), [("attention", 220), ("sorting", 65), ("indexing", 55), ("reducing", 150)])
+@pytest.mark.parametrize(
+    ("group", "least"), [("attention", 220), ("sorting", 65), ("indexing", 55), ("reducing", 150), ("tables", 36)]
+)
 def test_each_call_allocates_as_recorded(process: Process, group: str, least: int) -> None:
     found = process.do(
         "recorded_calls",

@@ -39,12 +39,13 @@ def _embedding(call: Call, _: Architecture) -> Iterator[Step]:
 
 
 @rule("embedding_dense_backward")
-def _embedding_backward(call: Call, _: Architecture) -> Iterator[Step]:
+def _embedding_backward(call: Call, architecture: Architecture) -> Iterator[Step]:
     """More than 3072 indices are sorted and summed by segments: aten/src/ATen/native/cuda/Embedding.cu,
     EmbeddingBackwardKernel.cu.
 
-    10 is ``NROWS_PER_THREAD``; partial sums are float32. A table of few rows that are looked up often is summed by
-    atomic additions, in float32 beside a table of less.
+    10 is ``NROWS_PER_THREAD``; partial sums are float32. A table of few rows that are looked up often is summed in
+    another way, without a partial sum for each, in float32 beside a table of less: seen on 132 SMs up to 513 rows, not
+    from 640 on, and from 32 lookups a row on, not up to 24.
     """
     grad, indices, num_weights = call.args[0], call.args[1], call.args[2]
     for item in (indices, grad):  # the gradient of what a recurrent layer reads is transposed: trace of lstm-lm
@@ -73,14 +74,13 @@ def _embedding_backward(call: Call, _: Architecture) -> Iterator[Step]:
     yield sorting(_scan_of_segments, rows)
     yield "free", 0
     yield sorting(_linear, 0, _INDEX)
+    few = rows <= 4 * architecture.num_sms
     yield sorting(_partial_sums, rows, _INDEX, _INDEX)
-    yield sorting(_partial_sums, rows, 4 * width, _INDEX)
-    yield sorting(_float_table, rows, 4 * rows * width if grad.element_size() < 4 else 0)
+    yield sorting(_partial_sums, rows, 4 * width, _INDEX if few else 4 * width)
+    yield sorting(_float_table, rows, 4 * rows * width if few and grad.element_size() < 4 else 0)
 
 
-_FEW_ROWS, _OFTEN = 512, 16
-"""Up to so many rows are summed by atomic additions where each is looked up so often on average: seen for 512 rows and
-20,000 indices, not for 4,096, nor for 1,000 rows and 200,001 indices; for 2 and 32 rows at each count of indices."""
+_OFTEN = 32
 
 
 def _while_sorting(size: Callable[..., int], *numbers: int) -> int:
@@ -100,16 +100,12 @@ def _scan_of_segments(rows: int, count: int) -> int:
     return cub.scan_bytes(_INDEX, min(rows, count))
 
 
-def _adds_atomically(rows: int, count: int) -> bool:
-    return rows <= _FEW_ROWS and count > _OFTEN * rows
-
-
-def _partial_sums(rows: int, bytes_each: int, bytes_if_atomic: int, count: int) -> int:
-    return (bytes_if_atomic if _adds_atomically(rows, count) else bytes_each) * (count // 10 + min(count, rows))
+def _partial_sums(rows: int, bytes_each: int, bytes_if_often: int, count: int) -> int:
+    return (bytes_if_often if count >= _OFTEN * rows else bytes_each) * (count // 10 + min(count, rows))
 
 
 def _float_table(rows: int, size: int, count: int) -> int:
-    return size if _adds_atomically(rows, count) else 0
+    return size if count >= _OFTEN * rows else 0
 
 
 @rule("sort", "argsort")

@@ -106,6 +106,8 @@ def _reduction(call: Call, architecture: Architecture) -> Iterator[Step]:
     position = 2 if call.packet is aten.linalg_vector_norm else 1
     if call.packet in _EXTREMES:  # in their own dtype; with where they are, padded, where that is asked for
         accumulator = tensor.element_size() if len(call.sizes) == 1 else 2 * _INDEX
+    elif call.packet in (aten.any, aten.all):
+        accumulator = 1
     else:
         accumulator = max(4, tensor.element_size())  # sums of halves are float32
     yield from _staging(tensor, _dims(call, position), architecture, accumulator)
