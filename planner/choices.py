@@ -102,14 +102,14 @@ def without_thrashing(run: Run, trials: Sequence[Trial], largest: Trial, multipl
     """The largest size that ran and does not thrash, as JSON data; ``None`` where ``largest`` does not thrash itself.
 
     ``first_thrashing_batch_size`` is the smallest size found above it that thrashes: the next one, where the trials
-    sufficed to halve the distance down to that.
+    sufficed to halve the distance down to that. The answer runs in a fresh process too.
     """
     if thrashing(largest, trials) is None:
         return None
     calm = [trial for trial in trials if _is_calm(trial, trials) and trial.batch_size < largest.batch_size]
     if not calm:
         return None
-    low, high = max(calm, key=lambda trial: trial.batch_size), largest.batch_size
+    low, high = max(calm, key=_size), largest.batch_size
     for left in range(MAX_THRASHING, 0, -1):
         gap = (high - low.batch_size) // multiple_of
         if gap <= 1:
@@ -121,6 +121,13 @@ def without_thrashing(run: Run, trials: Sequence[Trial], largest: Trial, multipl
             low = trial
         else:
             high = trial.batch_size
+    if not low.fresh_process:
+        again = run(low.batch_size, True, 1)
+        if _is_calm(again, trials):
+            low = again
+        else:
+            high = low.batch_size
+            low = max((trial for trial in calm if trial.batch_size < high), key=_size, default=low)
     return {
         "batch_size": low.batch_size,
         "first_thrashing_batch_size": high,
@@ -129,6 +136,10 @@ def without_thrashing(run: Run, trials: Sequence[Trial], largest: Trial, multipl
         "fresh_process": low.fresh_process,
         "source": str(low.source),
     }
+
+
+def _size(trial: Trial) -> int:
+    return trial.batch_size
 
 
 def _is_calm(trial: Trial, trials: Iterable[Trial]) -> bool:

@@ -32,9 +32,9 @@ SLOWER = 1.1
 """Seconds per sample against the best at smaller sizes from which on a trial with allocation retries thrashes: two
 trials of one size differ by a few percent.
 
-*Measured* on an H200 (``measurements/h200/choices.json.gz``): the U-Net in bf16 under 16 GiB had 79 retries in its
-first step at 74 samples and above, none later, and all its steps took 2.4 times as long a sample. That is what a fall
-back to slower kernels looks like: cuDNN's plans are tried until the workspace of one can be had
+*Measured* on an H200 (``measurements/h200/probe/unet-256-16.json``): the U-Net in bf16 under 16 GiB had 79 retries in
+its first step at 74 samples and above, none later, and all its steps took 2.4 times as long a sample. That is what a
+fall back to slower kernels looks like: cuDNN's plans are tried until the workspace of one can be had
 (aten/src/ATen/native/cudnn/Conv_v8.cpp, ``try_plans``).
 """
 MUCH_SLOWER = 1.5

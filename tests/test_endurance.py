@@ -19,6 +19,8 @@ from planner.trials import Outcome, Peaks
 from planner.units import GIB, MIB
 from tests.planning_fakes import make_trial
 
+PROBES = Path(__file__).parent.parent / "measurements/h200/probe"
+
 
 def trial(size=8, *allocated, step_s=None, **changes):
     details = {"allocated_after_step_bytes": list(allocated)}
@@ -119,23 +121,41 @@ def test_a_short_step_is_timed_twice():
     assert not wants_another_step([5, 5, 5], [9, 9, 9], [3.0, 0.2, 0.2])
 
 
+def measured(name):
+    """The trials of a plan that was measured on an H200, by batch size."""
+    (plan,) = json.loads((PROBES / f"{name}.json").read_text())["plans"][:1]
+    kept = ("batch_size", "num_alloc_retries", "details")
+    trials = [
+        make_trial(
+            outcome=Outcome(trial["outcome"]), step_times_s=tuple(trial["step_times_s"]),
+            peaks=Peaks(allocated_bytes=trial["peak_allocated_bytes"], reserved_bytes=trial["peak_reserved_bytes"]),
+            **{key: trial[key] for key in kept},
+        )
+        for trial in plan["trials"]
+    ]  # fmt: skip
+    return {trial.batch_size: trial for trial in trials}
+
+
 def test_the_unet_that_was_measured_on_an_h200_thrashes_at_its_largest_size():
-    """bf16-amp under 16 GiB (measurements/h200/choices.json.gz): 79 retries, all in the first step, at 74 samples and
-    above; at 73 one step was fast and the later ones were not."""
-    measured = [
-        make_trial(40, step_times_s=(0.4237, 0.0864, 0.0865)),
-        make_trial(72, step_times_s=(0.1572, 0.1506, 0.1507), num_alloc_retries=2),
-        make_trial(73, step_times_s=(0.4748, 0.1527, 0.3666, 0.3579, 0.3582), num_alloc_retries=84),
-        make_trial(77, step_times_s=(0.7377, 0.4017, 0.4016, 0.4018), num_alloc_retries=79),
-    ]
-    found = [thrashing(trial, measured) for trial in measured]
-    assert [entry and entry.batch_size for entry in found] == [None, None, 73, 77]
-    assert found[3].compared_with == 72
-    assert found[3].sentence() == (
+    """bf16-amp under 16 GiB: 79 retries, all in the first step, at 74 samples and above; at 73 one step was fast and
+    the later ones were not."""
+    trials = measured("unet-256-16")
+    found = {size: thrashing(trial, trials.values()) for size, trial in trials.items() if trial.fits}
+    assert {size for size, entry in found.items() if entry} == {73, 74, 76, 77}
+    assert found[77].compared_with == 72
+    assert found[77].sentence() == (
         "batch size 77 fits but thrashes: it takes 2.5 times as long a sample as 72, with 79 allocation retries"
     )
-    assert needs_comparison(measured[3])
-    assert not needs_comparison(measured[0])
+    assert needs_comparison(trials[77])
+    assert not needs_comparison(trials[40])
+
+
+def test_the_leak_that_was_measured_on_an_h200():
+    trials = measured("leaking-4")
+    for size in (24, 48, 98, 100):
+        assert leak_of(trials[size], 4 * GIB).bytes_per_step == 12 * MIB
+    sound = measured("gpt2-global-512-40")
+    assert not any(leak_of(trial, 38 * GIB) for trial in sound.values())
 
 
 @pytest.mark.parametrize(
