@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from planner.errors import InvalidSpec
 from planner.specs.document import parse_spec
-from planner.specs.model import Spec
+from planner.specs.model import Routing, Spec
 from planner.specs.variants import Parallelism, Precision, Variant
 from planner.training import Training, build_model, phases
 from tests import training_targets
@@ -131,6 +132,24 @@ def test_a_batch_is_padded_to_its_longest_sample() -> None:
     assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
     for phase in phases(training.spec):
         training.run(phase, 3)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_in_the_worst_case_every_token_goes_to_the_same_experts(implementation: str) -> None:
+    def chosen(routing: str) -> set[int]:
+        config = {"num_key_value_heads": 2, "num_local_experts": 8, "experts_implementation": implementation}
+        data = {"kind": "tokens", "sequence_length": 32}
+        plain = _transformers("mixtral", "causal-lm", data, **SMALL, **config)
+        spec = replace(plain, train=replace(plain.train, routing=Routing(routing)))
+        training, found = _training(spec), set[int]()
+        experts = training.model.model.layers[0].mlp.experts
+        experts.register_forward_pre_hook(lambda _, args: found.update(args[1].flatten().tolist()))
+        training.run(phases(spec)[0], 4)
+        assert bool(training.report()) == (routing == "worst")
+        return found
+
+    assert chosen("worst") == {0, 1}
+    assert len(chosen("balanced")) > 2
 
 
 def test_parallel_variants_are_refused_here() -> None:

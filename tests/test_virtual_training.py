@@ -194,3 +194,44 @@ def test_channels_last_needs_no_copies_before_convolutions(process: Process) -> 
     trace = process.do("traced", spec={"model": model, "data": IMAGES}, variant=variant, batch_size=2)
     assert trace["unmodelled"] == []
     assert "aten::clone" not in trace["operators"]
+
+
+# Models of every kind
+
+
+def _moved(process: Process, model: str, precision: str, **args: Any) -> list[int]:
+    """Bytes of what moving the model to the device allocates."""
+    inputs = {"features": {"shape": [8], "dtype": "float32"}, "labels": {"shape": [], "dtype": "int64", "high": 4}}
+    source = {"source": "python", "target": f"tests.virtual_models:{model}", "args": args}
+    spec = {"model": source, "data": {"kind": "tensors", "inputs": inputs}}
+    trace = process.do("traced", spec=spec, variant={"precision": precision}, batch_size=2)
+    sizes: list[int] = trace["sizes"][: trace["born_before_step_1"]]
+    return sizes
+
+
+def test_a_model_built_on_the_cpu_is_moved_with_its_buffers_and_cast_on_the_way(process: Process) -> None:
+    """The cast is the CPU's (``copy_kernel_cuda``, aten/src/ATen/native/cuda/Copy.cu): no float32 copy on the GPU."""
+    weight, bias, table = 8 * 4, 4, 1 << 18
+    assert _moved(process, "Odd", "fp32") == [4 * weight, 4 * bias, 4 * table]
+    assert _moved(process, "Odd", "bf16") == [2 * weight, 2 * bias, 2 * table]
+
+
+def test_a_tied_weight_is_moved_once(process: Process) -> None:
+    inputs = {key: {"shape": [12], "dtype": "int64", "high": 100} for key in ("input_ids", "labels")}
+    model = {"source": "python", "target": "tests.virtual_models:Tied"}
+    spec = {"model": model, "data": {"kind": "tensors", "inputs": inputs}}
+    trace = process.do("traced", spec=spec, variant={}, batch_size=2)
+    assert trace["sizes"][: trace["born_before_step_1"]] == [100 * 16 * 4]
+
+
+def test_what_an_autograd_function_of_the_users_own_keeps_is_held(process: Process) -> None:
+    """One copy of the batch for each call."""
+    batch_size = 1 << 16
+    inputs = {"features": {"shape": [8], "dtype": "float32"}, "labels": {"shape": [], "dtype": "int64", "high": 4}}
+    data = {"kind": "tensors", "inputs": inputs}
+
+    def peak(calls: int) -> int:
+        model = {"source": "python", "target": "tests.virtual_models:Odd", "args": {"num_doubled": calls}}
+        return _peak(process, {"precision": "fp32"}, model=model, data=data, batch_size=batch_size)
+
+    assert peak(9) - peak(5) == 4 * batch_size * 8 * 4

@@ -80,3 +80,35 @@ def reading_step(
 
 
 LOG: list[float] = []
+
+
+class _Doubled(torch.autograd.Function):
+    """Twice its input; keeps a copy of it for the backward pass, which no formula of PyTorch would."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(values.clone())
+        return values * 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (values,) = ctx.saved_tensors
+        return gradients[0] * 2 + values * 0
+
+
+class Odd(torch.nn.Module):
+    """A buffer that is larger than all weights together, and ``num_doubled`` calls of an autograd function of its
+    own."""
+
+    def __init__(self, num_doubled: int = 0) -> None:
+        super().__init__()
+        self.num_doubled = num_doubled
+        self.linear = torch.nn.Linear(8, 4)
+        self.table: torch.Tensor
+        self.register_buffer("table", torch.zeros(1 << 18))
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        hidden = features
+        for _ in range(self.num_doubled):
+            hidden = _Doubled.apply(hidden + self.linear.weight[0, 0])  # type: ignore[no-untyped-call]
+        return functional.cross_entropy(self.linear(hidden) + self.table[0], labels)
