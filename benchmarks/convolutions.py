@@ -3,7 +3,8 @@
     python benchmarks/convolutions.py            # cross-validation
     python benchmarks/convolutions.py --write    # build planner/virtual/convolutions_sm90.json.gz
 
-The table is made of ``measurements/h200/convolution-plans.json.gz``: what cuDNN answered on a GPU. Printed are
+The table is made of ``measurements/h200/convolution-plans.json.gz``, what cuDNN answered on a GPU, and of
+``depthwise-plans.json.gz``, what it answered without one. Printed are
 
 - how far the table is from ``measurements/h200/convolutions.json.gz``: what PyTorch's convolutions were seen to
   allocate on that GPU, nothing of which is in the table;
@@ -30,6 +31,7 @@ from planner.virtual.plans import TAIL, Layer, Recipe, Table, Tensors, copied, e
 
 ROOT = Path(__file__).parents[1]
 PLANS = ROOT / "measurements" / "h200" / "convolution-plans.json.gz"
+DEPTHWISE = ROOT / "measurements" / "h200" / "depthwise-plans.json.gz"
 MEASURED = ROOT / "measurements" / "h200" / "convolutions.json.gz"
 TABLE = ROOT / "planner" / "virtual" / convolutions.TABLE
 TABLE_OF = {
@@ -56,7 +58,11 @@ class Row(NamedTuple):
 
 def answers() -> list[Row]:
     """What cuDNN said, as far as the table needs it."""
-    document = json.loads(gzip.decompress(PLANS.read_bytes()))
+    return [row for path in (PLANS, DEPTHWISE) for row in _answers(path)]
+
+
+def _answers(path: Path) -> list[Row]:
+    document = json.loads(gzip.decompress(path.read_bytes()))
     layers = [Layer(c, k, groups, *map(tuple, sides)) for c, k, groups, *sides in document["layers"]]
     return [
         Row(layers[index], n, TABLE_OF[kind], direction, plan[1], plan[0])
@@ -90,7 +96,7 @@ def explain(row: Row) -> Recipe:
     if (row.direction, row.engine, layer.taps) == ("wgrad", CUBLASLT_WGRAD, 1) and not tensors.channels_last:
         return Recipe(per_sample=True, extra=max(0, row.bytes - 4 * row.n * layer.weights))
     aligned = 8 if tensors.element_bytes == 2 else 4
-    if tensors.channels_last and layer.c % aligned == 0 == layer.k % aligned:
+    if tensors.channels_last and layer.c % aligned == 0 == layer.k % aligned and not layer.depthwise:
         return Recipe(extra=row.bytes)
     parts = copied(layer, row.n, tensors)
     found = Recipe(extra=row.bytes)
@@ -103,7 +109,7 @@ def explain(row: Row) -> Recipe:
 
 def build(rows: Iterable[Row]) -> dict[str, Any]:
     """The table's content: layers, batch sizes, and a line of recipes for each layer, kind of tensors and direction."""
-    kept = [row for row in rows if not row.layer.depthwise]
+    kept = list(rows)
     layers = {layer: number for number, layer in enumerate(dict.fromkeys(row.layer for row in kept))}
     batches = {n: number for number, n in enumerate(sorted({row.n for row in kept}))}
     cells: dict[str, list[list[Recipe | None]]] = defaultdict(lambda: [[None] * len(batches) for _ in layers])

@@ -7,15 +7,17 @@ aten/src/ATen/native/cudnn/Conv_v8.cpp). Needs a CUDA GPU and torch, whose cuDNN
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 from collections.abc import Iterator, Sequence
-from ctypes import byref, c_bool, c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import byref, c_bool, c_char, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 HANDLE, DATA_TYPE, BOOLEAN, INT64, FLOAT, DOUBLE = 0, 1, 2, 3, 4, 5  # cudnnBackendAttributeType_t
-CONVOLUTION_MODE, HEUR_MODE, NUMERICAL_NOTE, DESCRIPTOR = 7, 8, 11, 15
+CONVOLUTION_MODE, HEUR_MODE, NUMERICAL_NOTE, DESCRIPTOR, CHAR = 7, 8, 11, 15, 24
 # cudnnBackendDescriptorType_t
 CONVOLUTION, ENGINE, ENGINECFG, ENGINEHEUR, EXECUTION_PLAN, OPERATIONGRAPH, TENSOR = 1, 2, 3, 4, 5, 15, 17
+DEVICEPROP = 38
 # Of each operation: its descriptor, then the attributes alpha, beta, convolution, weights, input, output.
 OPERATIONS = {
     "forward": (10, 700, 701, 702, 703, 704, 705),
@@ -33,17 +35,32 @@ class CudnnError(Exception):
 
 
 class Cudnn:
-    """cuDNN as torch has loaded it into this process, with a handle on the current device."""
+    """cuDNN as torch has loaded it into this process, with a handle on the current device.
 
-    def __init__(self) -> None:
+    Or, given a GPU's ``properties`` as cuDNN writes them (JSON), as it is installed, without a GPU. It then leaves out
+    the engines of cuBLASLt and of a driver, and kernels whose occupancy it cannot ask for may have other workspaces.
+    """
+
+    def __init__(self, properties: str | None = None) -> None:
+        self._library: Any
+        self._handle = c_void_p()
+        self._properties: _Descriptor | None = None
+        if properties is not None:
+            folder = Path(str(importlib.metadata.distribution("nvidia-cudnn-cu13").locate_file("nvidia")))
+            for name in ("cu13/lib/libcublasLt.so.13", "cu13/lib/libcublas.so.13"):
+                ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+            self._library = ctypes.CDLL(str(folder / "cudnn/lib/libcudnn.so.9"))
+            self._library.cudnnGetErrorString.restype = ctypes.c_char_p
+            self.version = self._library.cudnnGetVersion()
+            self._properties = self._descriptor(DEVICEPROP, (2702, CHAR, list(properties.encode())))
+            return
         import torch
 
         torch.zeros(1, device="cuda")
         self.version = torch.backends.cudnn.version()
         maps = Path("/proc/self/maps").read_text().splitlines()
-        self._library: Any = ctypes.CDLL(next(line.split()[-1] for line in maps if "libcudnn.so" in line))
+        self._library = ctypes.CDLL(next(line.split()[-1] for line in maps if "libcudnn.so" in line))
         self._library.cudnnGetErrorString.restype = ctypes.c_char_p
-        self._handle = c_void_p()
         self._call("cudnnCreate", byref(self._handle))
 
     def first_plan(
@@ -68,13 +85,17 @@ class Cudnn:
                 if DOWN_CONVERT_INPUTS in notes:
                     continue
                 try:
-                    plan = self._descriptor(
-                        EXECUTION_PLAN, (400, HANDLE, [self._handle.value]), (401, DESCRIPTOR, [config])
-                    )
+                    plan = self._descriptor(EXECUTION_PLAN, *self._device(400, 407), (401, DESCRIPTOR, [config]))
                 except CudnnError:
                     continue
                 return engine, self._number(plan, 402)
         return -1, -1
+
+    def _device(self, handle: int, properties: int) -> tuple[tuple[int, int, list[Any]], ...]:
+        """The attribute that says which GPU is meant."""
+        if self._properties:
+            return ((properties, DESCRIPTOR, [self._properties]),)
+        return ((handle, HANDLE, [self._handle.value]),)
 
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self._library, name)(*arguments)
@@ -128,10 +149,12 @@ class Cudnn:
             (outputs, DESCRIPTOR, [self._tensor("y", [n, k, *out], dtype, channels_last)]),
             (alpha, number, [1.0]), (beta, number, [0.0]),
         )  # fmt: skip
-        return self._descriptor(OPERATIONGRAPH, (800, HANDLE, [self._handle.value]), (801, DESCRIPTOR, [operation]))
+        device = () if self._properties else self._device(800, 0)
+        return self._descriptor(OPERATIONGRAPH, *device, (801, DESCRIPTOR, [operation]))
 
     def _configs(self, graph: _Descriptor, mode: int, most: int) -> Iterator[_Descriptor]:
-        heuristics = self._descriptor(ENGINEHEUR, (201, DESCRIPTOR, [graph]), (200, HEUR_MODE, [mode]))
+        device = self._device(0, 204) if self._properties else ()
+        heuristics = self._descriptor(ENGINEHEUR, (201, DESCRIPTOR, [graph]), (200, HEUR_MODE, [mode]), *device)
         configs = [self._descriptor(ENGINECFG, finalize=False) for _ in range(most)]
         array = (c_void_p * most)(*[config.pointer for config in configs])
         yield from configs[: self._get(heuristics, 202, DESCRIPTOR, array)]
@@ -157,7 +180,15 @@ class Cudnn:
         return min(count.value, len(array))
 
 
-_C_TYPES = {HANDLE: c_void_p, BOOLEAN: c_bool, INT64: c_int64, FLOAT: c_float, DOUBLE: c_double, DESCRIPTOR: c_void_p}
+_C_TYPES = {
+    CHAR: c_char,
+    HANDLE: c_void_p,
+    BOOLEAN: c_bool,
+    INT64: c_int64,
+    FLOAT: c_float,
+    DOUBLE: c_double,
+    DESCRIPTOR: c_void_p,
+}
 
 
 class _Descriptor:

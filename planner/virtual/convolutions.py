@@ -103,7 +103,7 @@ def workspace_bytes(
 @lru_cache(maxsize=65536)
 def _workspace(direction: str, known: Tensors, tensors: Tensors, layer: Layer, n: int) -> Workspace:
     """The recipe is that of the ``known`` kind of tensors, its sizes are those of ``tensors``."""
-    if layer.depthwise:
+    if layer.depthwise and (direction, tensors) != ("wgrad", Tensors(4, True)):
         return _depthwise(direction, tensors, layer, n)
     return estimate(_table(), direction, known, tensors, layer, n)
 
@@ -139,8 +139,9 @@ def _depthwise(direction: str, tensors: Tensors, layer: Layer, n: int) -> Worksp
     """One filter for each channel.
 
     In NCHW PyTorch runs kernels of its own, which take none (``use_cudnn_depthwise`` in
-    aten/src/ATen/native/Convolution.cpp); in NHWC cuDNN's take none but for the gradient of square odd weights, which
-    was 32 bytes for each weight and sample, channels padded to 32, in all 846 cases where there was one.
+    aten/src/ATen/native/Convolution.cpp); in NHWC cuDNN's take none but for the gradient of the weights: in float32 the
+    table has it; in 16 bits it was 32 bytes for each of square odd weights and sample, channels padded to 32, in all
+    846 cases where there was one.
     """
     kernel = layer.kernel
     if direction == "wgrad" and tensors.channels_last and kernel[0] == kernel[-1] in (1, 3, 5, 7):

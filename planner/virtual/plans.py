@@ -57,7 +57,7 @@ class Layer:
     def family(self) -> str:
         """Layers among which cuDNN's choices are alike."""
         if self.groups > 1:
-            kind = "grouped"
+            kind = "depthwise" if self.depthwise else "grouped"
         elif self.taps == 1:
             kind = "pointwise"
         elif self.c <= 4 and len(self.input_size) > 1:
@@ -106,9 +106,19 @@ class Recipe:
 
 
 def copied(layer: Layer, n: int, tensors: Tensors) -> dict[str, int]:
-    """Bytes of the copies of input, output and weights; channels are padded to 8 (16-bit types) or 4."""
+    """Bytes of the copies of input, output and weights; channels are padded to 8 (16-bit types) or 4.
+
+    Where each channel has a filter of its own, each is padded.
+    """
     size = tensors.element_bytes
     multiple = 8 if size == 2 else 4
+    if layer.depthwise:
+        k = layer.groups * _round_up(layer.k // layer.groups, multiple)
+        return {
+            "i": n * layer.groups * multiple * layer.pixels * size,
+            "o": n * k * layer.output_pixels * size,
+            "w": k * multiple * layer.taps * size,
+        }
     return {
         "i": n * _round_up(layer.c, multiple) * layer.pixels * size,
         "o": n * _round_up(layer.k, multiple) * layer.output_pixels * size,
