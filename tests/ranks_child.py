@@ -1,6 +1,6 @@
 """Runs one made-up trial on two ranks of a CPU and prints what came of it: ``python ranks_child.py KIND``.
 
-A process of its own, since ranks are forks and the process that forks must hold nothing that does not survive it.
+torchrun's agent starts the same file for each rank, with the folder to report to.
 """
 
 import json
@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from planner.errors import InvalidSpec, ModelError
 from planner.processes import answer
-from planner.runtime.ranks import run_ranks
+from planner.runtime.ranks import report, run_ranks
 
 GIB = 1 << 30
 
@@ -28,8 +29,8 @@ def result(outcome: str, rank: int, error: str | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(rank: int) -> dict[str, Any]:
-    kind = sys.argv[1]
+def run(rank: int, request: dict[str, Any]) -> dict[str, Any]:
+    kind = request["kind"]
     dist.init_process_group("gloo")
     met = torch.ones(1)
     dist.all_reduce(met)
@@ -55,4 +56,8 @@ def run(rank: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(answer({"ranks": lambda: run_ranks(run, 2)}, {"do": "ranks"})))
+    if "LOCAL_RANK" in os.environ:
+        report(Path(sys.argv[1]), run)
+    else:
+        request = {"kind": sys.argv[1]}
+        print(json.dumps(answer({"ranks": lambda: run_ranks([__file__], 2, request)}, {"do": "ranks"})))

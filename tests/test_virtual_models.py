@@ -153,3 +153,16 @@ def test_one_process_builds_the_model_and_each_variant_takes_three_traces() -> N
     assert child.alive
     device.close()
     assert not child.alive
+
+
+def test_traces_are_made_where_no_gpu_is_visible() -> None:
+    """They run in forks, and CUDA aborts in a fork of a process that had asked it for a GPU: seen on an H200."""
+    inputs = {"features": {"shape": [8], "dtype": "float32"}, "labels": {"shape": [], "dtype": "int64", "high": 4}}
+    spec = parse_spec(
+        {
+            "model": {"source": "python", "target": "tests.virtual_models:Blind"},
+            "data": {"kind": "tensors", "inputs": inputs},
+        }
+    )
+    (plan,) = plan_sweep(spec, VirtualDevice(find_gpu("h200"), GIB), batch_size=2)
+    assert plan.fits

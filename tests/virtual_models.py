@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -112,3 +113,12 @@ class Odd(torch.nn.Module):
         for _ in range(self.num_doubled):
             hidden = _Doubled.apply(hidden + self.linear.weight[0, 0])  # type: ignore[no-untyped-call]
         return functional.cross_entropy(self.linear(hidden) + self.table[0], labels)
+
+
+class Blind(Classifier):
+    """Refuses to be built where CUDA shows it a GPU, whatever the machine has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            raise RuntimeError("a GPU is visible where traces are made")

@@ -8,13 +8,15 @@ whose thread pool it had started.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from planner.errors import DeviceUnavailable, ModelError
+from planner.runtime.ranks import run_ranks
 from planner.runtime.zygote import Zygote
-from planner.specs.document import parse_spec
+from planner.specs.document import parse_spec, spec_document
 from planner.specs.model import Spec
 
 
@@ -55,16 +57,17 @@ def build(document: Mapping[str, Any]) -> Built:
 
 
 def run_trial(built: Built, *, gpu_uuids: Sequence[str], **request: Any) -> Mapping[str, Any]:
-    """In a fork: the trial on ``gpu_uuids``, one rank for each."""
+    """In a fork: the trial on ``gpu_uuids``; with several of them by ranks, which are processes of their own."""
     from planner.runtime.trial import TrialProcess
 
     if len(gpu_uuids) > 1:
-        from planner.runtime.ranks import run_ranks, trial_of_rank
-
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu_uuids)
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where this process found the user's code
+        document = spec_document(built.spec)
         return run_ranks(
-            lambda rank: trial_of_rank(built.spec, built.model, rank, gpu_uuid=gpu_uuids[rank], **request),
+            ["-m", "planner.runtime.rank"],
             len(gpu_uuids),
+            {**request, "document": document, "gpu_uuids": list(gpu_uuids)},
         )
     request["gpu_uuid"] = gpu_uuids[0]
     if built.process is None:

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
-
-import torch
+from typing import Any, NamedTuple
 
 from planner.errors import InvalidInput, InvalidSpec, error_from_dict
 from planner.processes import answer, describe_exit, die_with_parent
-from planner.specs.model import Spec
-from planner.specs.variants import DEFAULT
 from planner.trials import Outcome
 
 _LEFT_EARLY = 70
 """Exit status of a rank that has said all and must not be waited for (EX_SOFTWARE in sysexits.h)."""
 _MONITOR_S = 0.05
 _GRACE_S = 1.0
+
+
+_REQUEST = "request.json"
+RankTrial = Callable[[int, dict[str, Any]], Mapping[str, Any]]
+"""Of a local rank and the request: its part of the trial's result, as ``TrialProcess.run`` gives it."""
 
 
 class Ending(NamedTuple):
@@ -39,69 +42,28 @@ class Ending(NamedTuple):
         return f"rank {self.rank} {describe_exit(self.exit_status)}"
 
 
-RankTrial = Callable[[int], Mapping[str, Any]]
-"""Of a local rank: its part of the trial's result, as ``TrialProcess.run`` gives it."""
+def run_ranks(arguments: Sequence[str], num_ranks: int, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Run ``python ARGUMENTS FOLDER`` once for each rank, as torchrun does, and put the results together.
 
-
-def run_ranks(run_rank: RankTrial, num_ranks: int) -> dict[str, Any]:
-    """Run ``run_rank`` in ``num_ranks`` forks of this process and put their results together.
-
-    Only in a process that has touched neither CUDA nor a process group. Raises the ``PlannerError`` that all ranks
-    raised.
+    Each is a fresh interpreter that finds ``request`` as ``FOLDER/request.json`` and calls ``report``: ranks that are
+    forks of a process with torch in it were seen to abort under NCCL. Raises the ``PlannerError`` that a rank raised.
     """
     with tempfile.TemporaryDirectory(prefix="planner-ranks-") as name:
         folder = Path(name)
-        ending = _launch(lambda: _in_rank(run_rank, folder), num_ranks)
+        (folder / _REQUEST).write_text(json.dumps(request), encoding="utf-8")
+        ending = _launch([*arguments, name], num_ranks)
         replies = [_read(folder / f"{rank}.json") for rank in range(num_ranks)]
     return combined(replies, ending)
 
 
-def trial_of_rank(spec: Spec, model: torch.nn.Module, rank: int, **request: Any) -> Mapping[str, Any]:
-    """This rank's part of a trial, in its own process: NCCL's process group, and the steps that all ranks agree on."""
-    import torch.distributed as dist
-
-    from planner.runtime.trial import TrialProcess, use_allocator
-
-    use_allocator(request["variant"].get("allocator", DEFAULT))
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-
-    def agree(wanted: bool) -> bool:
-        flag = torch.tensor(int(wanted))  # on the CPU: on the GPU it would be a tensor of the trial's
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
-
-    result = TrialProcess(spec, model, device_index=rank, agree=agree).run(**{**request, "keep": False})
-    if result["outcome"] == Outcome.FITS:
-        dist.barrier()
-        dist.destroy_process_group()
-    return result
-
-
-def _launch(entry: Callable[[], None], num_ranks: int) -> Ending | None:
-    """Start the ranks and wait for all of them; how one ended early, else ``None``."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=num_ranks, run_id="planner", max_restarts=0, start_method="fork",
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=_MONITOR_S, local_addr="localhost",
-    )  # fmt: skip
-    try:
-        elastic_launch(config, entry)()
-    except ChildFailedError as error:
-        # A rank that was killed is the cause of what the others ended with.
-        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
-        return Ending(rank, failure.exitcode)
-    return None
-
-
-def _in_rank(run_rank: RankTrial, folder: Path) -> None:
-    """A rank's life. It returns only when its trial fitted; otherwise its end is what frees the others."""
+def report(folder: Path, run_rank: RankTrial) -> None:
+    """A rank's life: write down what ``run_rank`` answers. It returns only when the trial fitted; otherwise this
+    process ends here, which is what frees the others."""
     die_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    request = json.loads((folder / _REQUEST).read_text(encoding="utf-8"))
     rank = int(os.environ["LOCAL_RANK"])
-    reply = answer({"rank": lambda: run_rank(rank)}, {"do": "rank"})
+    reply = answer({"rank": lambda: run_rank(rank, request)}, {"do": "rank"})
     if "error" in reply:
         reply["error"]["at"] = time.monotonic()  # the machine's clock: which rank was first
     path = folder / f"{rank}.json"
@@ -110,12 +72,26 @@ def _in_rank(run_rank: RankTrial, folder: Path) -> None:
     if "error" in reply:
         time.sleep(_GRACE_S)  # it may be for another rank's death, which the agent has to see first
     if reply.get("ok", {}).get("outcome") != Outcome.FITS:
-        _leave()
+        # At once: handlers at exit would wait for collectives that never end.
+        os._exit(_LEFT_EARLY)
 
 
-def _leave() -> NoReturn:
-    """End at once: handlers at exit would wait for collectives that never end."""
-    os._exit(_LEFT_EARLY)
+def _launch(arguments: Sequence[str], num_ranks: int) -> Ending | None:
+    """Start the ranks and wait for all of them; how one ended early, else ``None``."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=num_ranks, run_id="planner", max_restarts=0,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=_MONITOR_S, local_addr="localhost",
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        # A rank that was killed is the cause of what the others ended with.
+        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
+        return Ending(rank, failure.exitcode)
+    return None
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -65,7 +65,8 @@ class VirtualDevice:
             while len(self._preloaded) >= _MOST_PRELOADED:
                 oldest = next(iter(self._preloaded))
                 self._preloaded.pop(oldest).kill()
-            child = Child.start("planner.virtual.child", import_cwd=True)
+            # No GPU is visible there: traces run in forks, and CUDA, once it was asked for one, aborts in a fork.
+            child = Child.start("planner.virtual.child", env={"CUDA_VISIBLE_DEVICES": ""}, import_cwd=True)
             request = {
                 "do": "open",
                 "spec": spec_document(spec),

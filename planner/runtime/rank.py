@@ -1,0 +1,51 @@
+"""One rank of a trial on several GPUs: ``python -m planner.runtime.rank FOLDER``, started by torchrun's agent.
+
+It builds the model by itself, as every rank of a real run does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from planner.runtime.child import build
+from planner.runtime.ranks import report
+from planner.runtime.trial import TrialProcess, use_allocator
+from planner.specs.variants import DEFAULT
+from planner.trials import Outcome
+
+
+def run_rank(rank: int, request: dict[str, Any]) -> Mapping[str, Any]:
+    """This rank's part of the trial: NCCL's process group, and the steps that all ranks agree on.
+
+    ``request``: ``document`` (the spec), ``gpu_uuids`` by rank, and the arguments of ``TrialProcess.run``.
+    """
+    document, uuids = request.pop("document"), request.pop("gpu_uuids")
+    built = build(document)
+    use_allocator(request["variant"].get("allocator", DEFAULT))
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+
+    def agree(wanted: bool) -> bool:
+        flag = torch.tensor(int(wanted))  # on the CPU: on the GPU it would be a tensor of the trial's
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    process = TrialProcess(built.spec, built.model, device_index=rank, agree=agree)
+    result = process.run(**{**request, "gpu_uuid": uuids[rank], "keep": False})
+    if result["outcome"] == Outcome.FITS:
+        dist.barrier()
+        dist.destroy_process_group()
+    return result
+
+
+if __name__ == "__main__":
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    report(Path(sys.argv[1]), run_rank)
