@@ -1,8 +1,11 @@
 """Each rule of the caching allocator, with figures worked out from PyTorch's source."""
 
+from itertools import pairwise
+
 import pytest
 
 from planner.allocator import AllocatorConfig, CachingAllocator, OutOfMemory, snapshot
+from planner.allocator.driver import ScatteredAddresses
 from planner.units import GIB, KIB, MIB
 
 BASE = 1 << 40
@@ -348,3 +351,14 @@ def test_pages_mapped_before_the_device_was_full_stay_mapped():
     assert (a.reserved_bytes, caught.value.limit_bytes) == (20 * MIB, None)
     a.malloc(20 * MIB)
     assert a.reserved_bytes == 40 * MIB
+
+
+def test_scattered_segments_never_overlap_and_are_the_same_for_a_seed() -> None:
+    def placed(seed: int) -> list[tuple[int, int]]:
+        addresses = ScatteredAddresses(seed, 3)
+        sizes = [20, 148, 2, 12, 198, 32, 20, 20, 74, 12] * 3
+        return sorted((addresses.reserve(size << 20), size << 20) for size in sizes)
+
+    found = placed(1)
+    assert all(address + size <= following for (address, size), (following, _) in pairwise(found))
+    assert found == placed(1) != placed(2)
