@@ -173,4 +173,4 @@ def test_what_is_scaled_equals_what_is_traced(process: Process, precision: str) 
     spec["model"]["args"] = {"width": 256, "layers": 1}
     sizes = [3, 7, 8, 24, 61, 136]
     found = process.do("scaled_and_traced", spec=spec, variant={"precision": precision}, batch_sizes=sizes)
-    assert found == [{"exact": size <= 5, "same_order": True, "differing": 0} for size in sizes]
+    assert found == [{"exact": False, "same_order": True, "differing": 0}] * len(sizes)
