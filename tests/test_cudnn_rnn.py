@@ -135,12 +135,7 @@ def test_which_gpus_run_persistent_kernels(
     assert (algorithm(run, forward=True) is Algorithm.PERSIST_STATIC) == persistent
 
 
-@pytest.mark.parametrize(
-    ("changes", "steps_in_doubt"),
-    [({}, 0), ({"steps": 400}, 4 * 144), ({"batch": 20}, 24), ({"batch": 64, "steps": 110}, 24), ({"steps": 512}, 0)],
-)
-def test_what_was_not_asked_is_doubted(changes: dict[str, int], steps_in_doubt: int) -> None:
-    run = replace(LSTM_LM, **{"steps": 100, **changes})
-    assert workspace_doubt_bytes(run, training=True) == steps_in_doubt * run.batch * 512 * 4
-    elsewhere = replace(run, architecture=replace(H200, compute_capability=(8, 0)))
+def test_an_architecture_that_was_not_asked_is_doubted() -> None:
+    assert workspace_doubt_bytes(LSTM_LM, training=True) == 0
+    elsewhere = replace(LSTM_LM, architecture=replace(H200, compute_capability=(8, 0)))
     assert workspace_doubt_bytes(elsewhere, training=True) == workspace_bytes(elsewhere, training=True)
