@@ -179,6 +179,8 @@ class _VariantWork:
             if self.is_measured:
                 plan = self._explained_by_prediction(plan, predict_start)
         except Unanswered as unanswered:
+            if self.should_stop():  # whoever stopped it may have ended the device's process: no fault of the variant
+                raise Stopped from unanswered
             plan = self._unanswered(unanswered.error)
         if self.log.num_read_back:
             note = f"{self.log.num_read_back} of {len(self.log.trials)} trials had been stored by an earlier run"
@@ -252,11 +254,12 @@ class _VariantWork:
             found, said = self._beyond(runner, result, result.best)
             details |= found
             notes += said
-        if self.spec.train.global_batch_size is not None:
-            details["accumulation"] = self._accumulated(runner, result, self.spec.train.global_batch_size)
+        # Before any trial accumulates: that a size runs out beside gradients that wait says nothing of it without them.
         if below := contradictions(self.log.trials, result.max_batch_size or 0):
             details["not_monotone"] = {"oom_below": list(below)}
             notes += contradiction_notes(self.log.trials, below)
+        if self.spec.train.global_batch_size is not None:
+            details["accumulation"] = self._accumulated(runner, result, self.spec.train.global_batch_size)
         plan = self._answer(
             result.best,
             notes,

@@ -329,6 +329,15 @@ def test_should_stop_is_asked_between_trials_and_keeps_what_is_finished():
     assert device.num_open == 0
 
 
+def test_a_failure_while_the_sweep_is_stopped_is_not_stored_as_the_variants():
+    device = ThresholdDevice(9, script={(BF16, 1): [ModelError("its process was ended")]})
+    store = MemoryStore()
+    plans = plan_sweep(
+        make_spec(*TWO), device, store=store, should_stop=lambda: BF16 in [run[0] for run in device.runs]
+    )
+    assert [plan.variant for plan in plans] == [plan.variant for plan in store.plans] == [FP32]
+
+
 def test_a_model_that_raises_fails_its_variant_and_the_sweep_goes_on():
     error = ModelError("the training step raised ValueError: no", field="model")
     store, device = MemoryStore(), ThresholdDevice(9, script={(FP32, 1): [error]})

@@ -293,6 +293,17 @@ def test_a_contradiction_that_the_trials_for_speed_find_is_named():
     assert any("not monotone: batch size 32 ran out of memory and 64 fitted" in note for note in plan.notes)
 
 
+def test_what_runs_out_only_while_accumulating_contradicts_nothing():
+    gpu = Gpu()
+    plan = plan_of(gpu, QUIET, target=122)
+    assert plan.max_batch_size == 64
+    assert 61 not in gpu.sizes()
+    assert gpu.sizes(2)[0] == 61  # 61 samples fit, but not with gradients that wait for the second half
+    assert [trial.outcome for trial in plan.trials if trial.batch_size == 61] == [Outcome.OOM]
+    assert "not_monotone" not in plan.details
+    assert not any("not monotone" in note for note in plan.notes)
+
+
 def test_a_predicted_hole_is_tried_on_the_real_gpu():
     gpu, virtual = Gpu(holes=frozenset({16})), Gpu(PREDICTED, holes=frozenset({16}))
     plan = plan_of(gpu, QUIET, predictor=virtual)
