@@ -46,7 +46,10 @@ class ServiceClient:
         if not url.startswith(("http://", "https://")):
             raise InvalidArgument(f"{url!r} is not the URL of a service", field="server", suggestion=f"http://{url}")
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, transport=transport, timeout=TIMEOUT_S)
+        try:
+            self._http = httpx.Client(base_url=self.url, transport=transport, timeout=TIMEOUT_S)
+        except httpx.InvalidURL as error:
+            raise InvalidArgument(f"{url!r} is not the URL of a service: {error}", field="server") from None
 
     def submit(self, question: Mapping[str, Any], *, idempotency_key: str | None = None) -> dict[str, Any]:
         """Queue a job: ``{"spec": {...}, "kind": "probe", "gpu": ..., ...}``. The same key gives the same job."""

@@ -7,14 +7,14 @@ lists and dictionaries.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any
 
 from planner.advice import Advice
 from planner.gpus import Gpu, default_capacity_bytes
 from planner.specs.model import Headroom
-from planner.specs.variants import Checkpointing, Variant
+from planner.specs.variants import Checkpointing
 from planner.trials import Environment, Interval, Peaks, Plan, PlanStatus, Source, Trial
 from planner.units import format_bytes
 from planner.verdicts import VariantVerdict, Verdict
@@ -211,9 +211,9 @@ def summary(plans: Sequence[Plan]) -> list[str]:
     checkpointing costs and saves. Only what is known."""
     answered = [plan for plan in plans if plan.status is PlanStatus.PLANNED and _size(plan)]
     if not answered:
-        if any(plan.status is PlanStatus.PLANNED for plan in plans):
-            return ["Nothing fits: no variant runs even at the smallest batch size that was asked about."]
-        return []
+        tried = [plan for plan in plans if plan.status is PlanStatus.PLANNED]
+        nothing = "Nothing fits: no variant runs even at the smallest batch size that was asked about."
+        return [nothing, *_constrained(tried), *_evaluated(tried)] if tried else []
     return [
         *_largest(answered), *_constrained(answered), *_fastest(answered), *_accumulated(answered),
         *_checkpointing(plans),
@@ -266,6 +266,19 @@ def _constrained(plans: Sequence[Plan]) -> Iterator[str]:
         yield f"With {_constraints(plans[0].question)}: {', '.join(costs)}."
 
 
+def _evaluated(plans: Sequence[Plan]) -> Iterator[str]:
+    """Where it is the evaluation, whose batch size the search does not change, that takes the most and does not fit."""
+    found = [
+        plan.variant.label()
+        for plan in plans
+        if (explained := plan.details.get("explanation"))
+        and not explained["fits"]
+        and explained["peaks"]["allocated"]["when"].startswith("evaluation,")
+    ]
+    if found:
+        yield f"The evaluation takes the most memory with {', '.join(found)}: see train.evaluation.batch_size."
+
+
 def _constraints(question: Mapping[str, Any]) -> str:
     words = []
     if "multiple_of" in question:
@@ -288,9 +301,10 @@ def _accumulated(plans: Sequence[Plan]) -> Iterator[str]:
     plan, answer = max(reached, key=lambda pair: (pair[1]["samples_per_second"] or 0.0, pair[1]["micro_batch_size"]))
     rate = answer["samples_per_second"]
     speed = f"{rate:.1f} samples per second, measured" if rate else "predicted; its speed is not"
+    steps = answer["accumulation_steps"]
     gpus = f" on each of {answer['gpus']} GPUs" if answer["gpus"] > 1 else ""
     yield (
-        f"{answer['global_batch_size']} samples a step: {answer['accumulation_steps']} micro-batches of "
+        f"{answer['global_batch_size']} samples a step: {steps} micro-batch{'' if steps == 1 else 'es'} of "
         f"{answer['micro_batch_size']}{gpus} with {plan.variant.label()} ({speed})."
     )
 
@@ -330,7 +344,7 @@ def _checkpointing(plans: Sequence[Plan]) -> Iterator[str]:
     twins = {plan.variant: plan for plan in plans if plan.status is PlanStatus.PLANNED}
     for plan in twins.values():
         variant = plan.variant
-        plain = twins.get(Variant(precision=variant.precision, compile=variant.compile))
+        plain = twins.get(replace(variant, checkpointing=Checkpointing.NONE))
         if variant.checkpointing is Checkpointing.NONE or plain is None or not _size(plan):
             continue
         what = f"Checkpointing {variant.checkpointing} with {plain.variant.label()}"

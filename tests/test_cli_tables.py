@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from planner.cli.tables import expectation, intervals
+from planner.cli.tables import expectation, intervals, origin
 
 
 def plan(precision: str, measured: int | None, predicted: int | None) -> dict[str, Any]:
@@ -31,6 +31,13 @@ def test_what_was_predicted_is_named_per_variant_in_one_line(plans: list[dict[st
 
 def test_nothing_is_said_where_nothing_had_been_predicted() -> None:
     assert expectation([plan("fp32", 8, None), {"variant": {}, "batch_size": 8, "fits": True}]) == []
+
+
+def test_what_the_headroom_leaves_is_said() -> None:
+    seen = {**plan("fp32", 8, None), "source": "predicted", "gpu": "a10g", "capacity_bytes": 4 << 30}
+    assert origin([seen]) == ["predicted on a virtual a10g: nothing was measured; the allocator may reserve 4.00 GiB"]
+    (line,) = origin([{**seen, "headroom": {"bytes": 1 << 30, "usable_bytes": 3 << 30}}])
+    assert line.endswith("the allocator may reserve 4.00 GiB, of which search.headroom leaves 3.00 GiB")
 
 
 def test_intervals_that_rest_on_the_same_say_so_once() -> None:

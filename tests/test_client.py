@@ -73,6 +73,12 @@ def test_a_url_without_a_scheme_gets_a_suggestion() -> None:
     assert caught.value.suggestion == "http://localhost:8000"
 
 
+def test_a_url_that_cannot_be_read_names_the_field() -> None:
+    with pytest.raises(InvalidArgument, match="is not the URL of a service: Invalid port") as caught:
+        ServiceClient("http://localhost:80x")
+    assert caught.value.field == "server"
+
+
 def test_an_id_is_one_segment_of_the_path() -> None:
     paths: list[str] = []
 

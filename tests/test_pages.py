@@ -131,12 +131,15 @@ def test_what_users_write_is_shown_as_text(visit: Visit, store: Store) -> None:
 
 def test_a_variant_that_failed_says_why(visit: Visit, store: Store) -> None:
     error = {"code": "model_error", "message": "this GPU has no bf16", "field": None, "suggestion": None}
-    store_plan(
+    plan = store_plan(
         store, status=PlanStatus.UNSUPPORTED, error=error, peaks=None, max_batch_size=None, first_oom_batch_size=None
     )
     page = visit.open("/gpus/h200")
     expect(page.get_by_text("this GPU has no bf16")).to_be_visible()
     expect(page.locator(".badge.unsupported")).to_be_visible()
+    page = visit.open(f"/plans/{plan.id}")
+    expect(page.get_by_text("this GPU has no bf16")).to_be_visible()
+    expect(page.locator("#memory")).to_have_count(0)
 
 
 def _explanation() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from planner_api.schemas import PlanDocument
 from planner.errors import ModelError
 from planner.gpus import default_capacity_bytes, find_gpu, list_gpus
 from planner.reports import ANSWERS, gpu_dict, plan_dict, summary, trial_dict, verdict_dict
+from planner.specs.variants import OptimizerImplementation
 from planner.trials import Interval, Outcome, Peaks, Plan, PlanStatus, Source
 from planner.units import GIB
 from planner.verdicts import VariantVerdict, Verdict, VerdictKind
@@ -149,6 +150,7 @@ def test_the_largest_and_the_fastest():
     assert fastest == "Fastest: 100.0 samples per second with fp32 at batch size 9 (measured)."
 
 
+FUSED = {"optimizer_implementation": OptimizerImplementation.FUSED}
 CONSTRAINED = {"multiple_of": 8, "headroom": {"bytes": 0, "share": 0.05}}
 
 
@@ -196,6 +198,8 @@ def test_a_global_batch_size():
     assert summary([slow, fast])[2] == (
         "512 samples a step: 16 micro-batches of 32 with bf16-amp (158.0 samples per second, measured)."
     )
+    whole = make_plan(BF16, 512, details={"accumulation": answer(512, None)})
+    assert summary([whole])[2].startswith("512 samples a step: 1 micro-batch of 512 with")
     several = make_plan(BF16, 54, details={"accumulation": answer(32, None, gpus=2, accumulation_steps=8)})
     assert (
         "8 micro-batches of 32 on each of 2 GPUs with bf16-amp (predicted; its speed is not)" in summary([several])[2]
@@ -272,14 +276,32 @@ def test_checkpointing_that_makes_it_fit_at_all():
     assert sentence == "Checkpointing full with fp32 is what makes it fit: without it one sample does not fit."
 
 
-def test_checkpointing_is_compared_only_within_its_precision():
+def test_checkpointing_is_compared_only_where_all_else_is_the_same():
     assert len(summary([make_plan(FP32, 9), make_plan(BF16_FULL, 20)])) == 2
+    plain, fused = (make_plan(replace(FP32, **axis), 9) for axis in ({}, FUSED))
+    full = make_plan(replace(FP32_FULL, **FUSED), 20)
+    assert len(summary([plain, full])) == 2
+    said = summary([plain, fused, full])[2:]
+    assert [sentence.split(" saves ")[0] for sentence in said] == ["Checkpointing full with fp32 + fused optimizer"]
 
 
 @pytest.mark.parametrize("one_size", [None, 8])
 def test_nothing_fits(one_size):
     plan = make_plan(FP32, 0, batch_size=one_size, fits=None if one_size is None else False)
     assert summary([plan]) == ["Nothing fits: no variant runs even at the smallest batch size that was asked about."]
+
+
+def test_where_nothing_fits_the_constraint_or_the_evaluation_that_is_why_is_named():
+    tight = {"headroom": {"bytes": 0, "share": 0.99}}
+    unconstrained = {"max_batch_size": 108, "source": "predicted"}
+    plan = make_plan(FP32, 0, question=tight, details={"unconstrained": unconstrained})
+    assert summary([plan])[1:] == ["With a headroom of 99%: 0 in place of 108 (predicted) with fp32."]
+    explained = {"fits": False, "peaks": {"allocated": {"when": "evaluation, forward"}}}
+    plan = make_plan(FP32, 0, details={"explanation": explained})
+    assert summary([plan])[1:] == ["The evaluation takes the most memory with fp32: see train.evaluation.batch_size."]
+    for other in ({"fits": True}, {"peaks": {"allocated": {"when": "step 2, backward"}}}):
+        plan = make_plan(FP32, 0, details={"explanation": {**explained, **other}})
+        assert len(summary([plan])) == 1
 
 
 def test_nothing_is_said_of_plans_that_were_not_answered():

@@ -80,8 +80,9 @@ def test_a_tied_parameter_is_frozen_by_either_name() -> None:
     spec = {"model": {"source": "python", "target": "tests.virtual_models:Tied"}, "data": XY}
     for name in ("embed.weight", "project.weight"):
         parsed = parse_spec({**spec, "train": {"freeze": name}})
-        with pytest.raises(Exception, match="no parameter that requires a gradient"):
+        with pytest.raises(InvalidSpec, match="no parameter that requires a gradient") as caught:
             Training(parsed, Variant(), build_model(parsed), torch.device("cpu"))
+        assert caught.value.field == "train.freeze"
 
 
 @pytest.mark.parametrize(("pattern", "nearest"), [("linaer.weight", "linear.weight"), ("linaer.*", "linear.*")])

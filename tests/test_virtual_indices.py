@@ -41,6 +41,13 @@ def test_more_tokens_than_positions_name_the_longest_that_works(process: Process
     assert _trace(process, GPT2, {"kind": "tokens", "sequence_length": 32})["sizes"]
 
 
+def test_lengths_beyond_the_positions_name_their_own_field(process: Process) -> None:
+    with pytest.raises(InvalidSpec, match=r"40 tokens are more than .*; data\.sequence_length: 32 cuts") as caught:
+        _trace(process, GPT2, {"kind": "tokens", "lengths": [8, 40]})
+    assert caught.value.field == "data.lengths"
+    assert _trace(process, GPT2, {"kind": "tokens", "lengths": [8, 40], "sequence_length": 32})["sizes"]
+
+
 def test_positions_that_are_offset_are_counted_from_their_start(process: Process) -> None:
     config = {
         "num_hidden_layers": 1, "hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2, "vocab_size": 50,

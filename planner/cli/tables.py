@@ -109,7 +109,10 @@ def origin(plans: Sequence[Mapping[str, Any]]) -> list[str]:
             if plan.get("measured_under_limit"):
                 where += f", under a limit{' for ' + plan['stands_for'] if plan.get('stands_for') else ''}"
         torch = f"; torch {seen['torch_version']}" if seen.get("torch_version") else ""
-        lines.append(f"{where}; the allocator may reserve {format_bytes(plan['capacity_bytes'])}{torch}")
+        room = f"the allocator may reserve {format_bytes(plan['capacity_bytes'])}"
+        if headroom := plan.get("headroom"):
+            room += f", of which search.headroom leaves {format_bytes(headroom['usable_bytes'])}"
+        lines.append(f"{where}; {room}{torch}")
     return list(dict.fromkeys(lines))
 
 

@@ -73,6 +73,8 @@ class Training:
             self.forward = self.compiled.forward
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not self.trainable:
+            if spec.train.freeze:
+                raise InvalidSpec("leaves no parameter that requires a gradient", field="train.freeze")
             raise ModelError("the model has no parameter that requires a gradient", field="model")
         self.optimizer = make_optimizer(spec.train.optimizer, self.trainable, variant.optimizer_implementation)
         self.scaler = torch.amp.GradScaler(device.type, enabled=variant.precision is Precision.FP16_AMP)

@@ -34,6 +34,12 @@ class IndexOutOfRange(Exception):
         if data.kind is DataKind.TOKENS and not self.in_loss and data.sequence_length is not None:
             # Tokens are drawn from the vocabulary, so what is too large is a position; positions count up by one.
             longest = data.sequence_length - (self.index - self.size + 1)
+            if data.lengths:
+                cut = f"; data.sequence_length: {longest} cuts longer ones" if longest > 0 else ""
+                return InvalidSpec(
+                    f"samples of {data.sequence_length} tokens are more than the model has positions for{cut}",
+                    field="data.lengths",
+                )
             return InvalidSpec(
                 f"{data.sequence_length} tokens are more than the model has positions for",
                 field="data.sequence_length",
