@@ -299,7 +299,8 @@ class _VariantWork:
         work = replace(self, spec=plain, listener=_nobody, compare_at=None)
         known = work.stored_plan()
         if known is None and self.is_measured:
-            return predicted.details.get("unconstrained") if predicted else None
+            # A prediction for one of several GPUs says where to begin, not what constraints cost there.
+            return predicted.details.get("unconstrained") if predicted and predicted.variant == self.variant else None
         if known is None and not self.spec.search.headroom.of(1):
             found = self._search(runner, SearchSpec(), None).max_batch_size
             return None if found is None else {"max_batch_size": found, "source": str(Source.PREDICTED)}

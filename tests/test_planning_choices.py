@@ -12,7 +12,7 @@ from planner.choices import MAX_THRASHING
 from planner.errors import InvalidSpec, ModelError
 from planner.planning import plan_sweep
 from planner.specs.model import Headroom, SearchSpec
-from planner.specs.variants import Compile, VariantAxes
+from planner.specs.variants import Compile, Parallelism, VariantAxes
 from planner.store import Store
 from planner.throughput import MAX_TIMED
 from planner.trials import Interval, Outcome, Peaks, Source, Trial
@@ -112,6 +112,15 @@ def test_a_measured_answer_without_the_constraints_tells_their_cost_better_than_
     assert plan.details["unconstrained"] == {"max_batch_size": 64, "source": "measured"}
     alone = plan_of(Gpu(), SearchSpec(multiple_of=24, speed=False))
     assert "unconstrained" not in alone.details
+
+
+def test_a_prediction_for_one_gpu_does_not_tell_what_constraints_cost_on_two():
+    gpu, virtual = Gpu(), Gpu(PREDICTED)
+    axes = VariantAxes(parallelism=(Parallelism.DDP,), gpus=2)
+    spec = make_spec(search=SearchSpec(multiple_of=48, speed=False), variants=axes)
+    (plan,) = plan_sweep(spec, gpu, predict_start=virtual)
+    assert (plan.max_batch_size, plan.certified) == (48, True)
+    assert "unconstrained" not in plan.details
 
 
 def test_a_greatest_batch_size_is_no_certified_maximum():
