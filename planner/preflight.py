@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from planner.devices import Device
 from planner.endurance import leak_of
-from planner.errors import InvalidArgument
+from planner.errors import InvalidArgument, InvalidSpec
 from planner.evidence import PlanStore, StoredTrial
 from planner.gpus import Gpu, find_gpu
 from planner.processes import ChildError
@@ -207,6 +207,11 @@ def _predict(device: Device, spec: Spec, variant: Variant, batch_size: int, near
     try:
         with device.open(spec, variant) as runner:
             trial = runner.run(batch_size, fresh=True)
+    except InvalidSpec as error:
+        if not (error.field or "").startswith("variants."):
+            raise
+        reason = f"nothing is known of this variant: {error.message}"
+        return VariantVerdict(variant=variant, kind=VerdictKind.UNKNOWN, reason=reason, source=None, notes=tuple(near))
     except ChildError as error:  # it was killed or hung: that says nothing about the work
         reason = f"the prediction did not finish: {error}"
         return VariantVerdict(variant=variant, kind=VerdictKind.UNKNOWN, reason=reason, source=None, notes=tuple(near))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from planner.errors import InvalidArgument, ModelError
+from planner.errors import InvalidArgument, InvalidSpec, ModelError
 from planner.gpus import default_capacity_bytes, find_gpu
 from planner.preflight import preflight
 from planner.processes import ChildTimeout
@@ -207,3 +207,15 @@ def test_on_the_real_store(tmp_path):
         store.add_trial(make_spec(), FP32, make_environment(), CAPACITY, make_trial(9))
         assert ask(store=store).kind is FITS
         assert ask(10, store=store).variants[0].source is Source.PREDICTED
+
+
+def test_a_variant_that_is_not_predicted_is_unknown_and_the_others_are_judged() -> None:
+    refused = InvalidSpec("ddp is measured, not predicted", field="variants.parallelism")
+    verdict = ask(
+        spec=make_spec(Precision.FP32, Precision.BF16_AMP), interval=(1 * GIB, 2 * GIB), script={(FP32, 9): [refused]}
+    )
+    first, second = verdict.variants
+    assert (first.kind, second.kind, verdict.kind) == (UNKNOWN, FITS, UNKNOWN)
+    assert first.reason == "nothing is known of this variant: ddp is measured, not predicted"
+    with pytest.raises(InvalidSpec):
+        ask(script={(FP32, 9): [InvalidSpec("wrong", field="model.config.x")]})

@@ -235,3 +235,13 @@ def test_what_an_autograd_function_of_the_users_own_keeps_is_held(process: Proce
         return _peak(process, {"precision": "fp32"}, model=model, data=data, batch_size=batch_size)
 
     assert peak(9) - peak(5) == 4 * batch_size * 8 * 4
+
+
+def test_the_padding_mask_of_a_large_batch_is_known(process: Process) -> None:
+    """More than 2^20 padded tokens: the model reads which of them are padding."""
+    data = {"kind": "tokens", "lengths": [16, 100]}
+    small, large = (_peak(process, data=data, batch_size=size, model=TINY) for size in (1_000, 11_000))
+    assert 8 * small < large < 11 * small  # but for what no batch changes
+
+
+TINY = _transformers("gpt2", "causal-lm", n_layer=1, n_embd=16, n_head=1, vocab_size=64)

@@ -157,7 +157,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return args[0].dtype is not torch.bool and (1.0 if args[0].is_floating_point() else 1)
             if args[0].device.type == NAME and not self.in_optimizer:
                 raise ModelError(
-                    "the model reads the value of a tensor that depends on its weights; the virtual GPU has none",
+                    "the model reads the value of a tensor that depends on its weights, or of a very large one; the "
+                    "virtual GPU has none",
                     field="model",
                 )
             # Initialising weights on the CPU, or a norm that Adafactor scales by: the value costs no memory.

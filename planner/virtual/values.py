@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 UNKNOWN = object()
 _LIMIT = 1 << 20  # elements: ample for a batch of masks, little enough to compute in passing
+_TABLE_LIMIT = 1 << 23
+"""The same for whole numbers and truth values by sample and position: a model reads the padding mask of any batch."""
 MAX_ASSUMED = 1 << 25
 """The same for what follows from an assumed value (``planner.virtual.assumptions``): a router's choice for each token
 and expert."""
@@ -84,16 +86,21 @@ def set_value(tensor: torch.Tensor, value: torch.Tensor | None) -> None:
     tensor.__dict__["_planner_value"] = value
 
 
+def _limit(tensor: torch.Tensor) -> int:
+    """Elements up to which the value of a tensor like this is kept."""
+    return _TABLE_LIMIT if tensor.dim() <= 2 and not (tensor.is_floating_point() or tensor.is_complex()) else _LIMIT
+
+
 def compute_values(func: Any, args: Any, kwargs: Any) -> Any:
     """The operator's result on the CPU where every input is known and small; else ``UNKNOWN``."""
     tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
     shape_only = func._overloadpacket in _FACTORIES
     if not tensors and not shape_only:
         return UNKNOWN
-    limit = MAX_ASSUMED if is_assumed(tensors) else _LIMIT
+    assumed = is_assumed(tensors)
     if not shape_only:
         for item in tensors:
-            if item.numel() > limit or value_of(item) is None:
+            if item.numel() > (MAX_ASSUMED if assumed else _limit(item)) or value_of(item) is None:
                 return UNKNOWN
 
     def real(item: Any) -> Any:
@@ -108,7 +115,7 @@ def compute_values(func: Any, args: Any, kwargs: Any) -> Any:
         real_args, real_kwargs = tree_map(real, args), tree_map(real, kwargs)
         if shape_only:
             made = func(*real_args, **{**real_kwargs, "device": "meta"})
-            if made.numel() > (_LARGE_ZEROS if _is_for_choices(func, made) else _LIMIT):
+            if made.numel() > (_LARGE_ZEROS if _is_for_choices(func, made) else _limit(made)):
                 return UNKNOWN  # host memory is not the GPU's: nothing large is made here
         if func._overloadpacket is aten.histc and not real_args[0].is_floating_point():  # CUDA's counts whole numbers
             result = func(real_args[0].double(), *real_args[1:], **real_kwargs).to(real_args[0].dtype)
@@ -169,7 +176,7 @@ def attach_values(outputs: Any, values: Any, *, assumed: bool = False) -> None:
     for fake, real in zip(tree_leaves(outputs), tree_leaves(values), strict=True):
         if not isinstance(fake, FakeTensor) or not isinstance(real, torch.Tensor):
             continue
-        if real.numel() <= (MAX_ASSUMED if assumed else _LARGE_ZEROS if real.dtype is torch.int64 else _LIMIT):
+        if real.numel() <= (MAX_ASSUMED if assumed else _LARGE_ZEROS if real.dtype is torch.int64 else _limit(real)):
             set_value(fake, real)
             if assumed:
                 mark_assumed(fake)
