@@ -20,6 +20,13 @@ settings.register_profile("planner", deadline=None)
 settings.load_profile("planner")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m gpu`` read the files ``test_gpu_*.py`` alone: a machine with a GPU may lack what the other files import
+    (FastAPI, PostgreSQL, a browser), and its time is dear."""
+    elsewhere = collection_path.suffix == ".py" and not collection_path.name.startswith("test_gpu_")
+    return True if config.option.markexpr == "gpu" and elsewhere else None
+
+
 @pytest.fixture(autouse=True)
 def own_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the store and the settings of whoever runs the tests out of them."""

