@@ -25,7 +25,8 @@ def result(outcome: str, rank: int, error: str | None = None) -> dict[str, Any]:
     return {
         "outcome": outcome, "error": error,
         "peaks": {"allocated_bytes": rank * GIB, "reserved_bytes": (2 - rank) * GIB, "device_bytes": 3 * GIB},
-        "num_alloc_retries": rank, "step_times_s": [1.0 + rank, 2.0 - rank], "details": {"context_bytes": 5},
+        "num_alloc_retries": rank, "step_times_s": [1.0 + rank, 2.0 - rank],
+        "details": {"context_bytes": 5, "communicator_bytes": 7 + rank},
     }  # fmt: skip
 
 

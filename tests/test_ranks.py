@@ -28,6 +28,7 @@ def test_what_fits_on_all_ranks_fits() -> None:
     assert reply["peaks"] == {"allocated_bytes": GIB, "reserved_bytes": 2 * GIB, "device_bytes": 3 * GIB}
     assert (reply["num_alloc_retries"], reply["step_times_s"]) == (1, [2.0, 2.0])
     assert [rank["peak_reserved_bytes"] for rank in reply["details"]["ranks"]] == [2 * GIB, GIB]
+    assert [rank["communicator_bytes"] for rank in reply["details"]["ranks"]] == [7, 8]
 
 
 @pytest.mark.parametrize("kind", ["oom", "oom-while-others-hang"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -21,6 +22,8 @@ class Context:
     device: torch.device
     context_bytes: int
     """Of the CUDA context itself, on the whole device."""
+    communicator_bytes: int
+    """What joining the other ranks took beside it: NCCL's buffers; 0 for a trial on one GPU."""
     used_before_bytes: int
     """In use on the device before it was started."""
     system: dict[str, Any]
@@ -33,8 +36,11 @@ class Context:
     """Bytes allocated and reserved once the first trial's model had been moved."""
 
     @classmethod
-    def start(cls, capacity_bytes: int, card: Card, device_index: int = 0) -> Self:
-        """``device_index`` is where ``card`` stands among the visible GPUs.
+    def start(
+        cls, capacity_bytes: int, card: Card, device_index: int = 0, join: Callable[[], object] | None = None
+    ) -> Self:
+        """``device_index`` is where ``card`` stands among the visible GPUs; ``join`` makes this process one of several
+        ranks.
 
         Raises ``DeviceUnavailable`` where torch cannot use the GPU.
         """
@@ -51,9 +57,13 @@ class Context:
         except (RuntimeError, AssertionError) as error:
             raise DeviceUnavailable(f"torch cannot use this GPU: {first_line(error)}") from error
         torch.cuda.empty_cache()
+        context_bytes = card.used_bytes() - used_before_bytes
+        if join is not None:
+            join()
         return cls(
             device=device,
-            context_bytes=card.used_bytes() - used_before_bytes,
+            context_bytes=context_bytes,
+            communicator_bytes=0 if join is None else card.used_bytes() - used_before_bytes - context_bytes,
             used_before_bytes=used_before_bytes,
             system={**_libraries(device), **asdict(card.settings())},
             pids=tuple(pid for pid in card.compute_processes() if pid not in others),

@@ -16,8 +16,7 @@ import torch.distributed as dist
 
 from planner.runtime.child import build
 from planner.runtime.ranks import report
-from planner.runtime.trial import TrialProcess, use_allocator
-from planner.specs.variants import DEFAULT
+from planner.runtime.trial import TrialProcess
 from planner.trials import Outcome
 
 
@@ -28,17 +27,17 @@ def run_rank(rank: int, request: dict[str, Any]) -> Mapping[str, Any]:
     """
     document, uuids = request.pop("document"), request.pop("gpu_uuids")
     built = build(document)
-    use_allocator(request["variant"].get("allocator", DEFAULT))
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+
+    def join() -> None:
+        # With a device it connects at once, so that NCCL's memory is there before the first step.
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", rank))
 
     def agree(wanted: bool) -> bool:
         flag = torch.tensor(int(wanted))  # on the CPU: on the GPU it would be a tensor of the trial's
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
-    process = TrialProcess(built.spec, built.model, device_index=rank, agree=agree)
+    process = TrialProcess(built.spec, built.model, device_index=rank, join=join, agree=agree)
     result = process.run(**{**request, "gpu_uuid": uuids[rank], "keep": False})
     if result["outcome"] == Outcome.FITS:
         dist.barrier()

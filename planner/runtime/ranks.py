@@ -148,5 +148,5 @@ def _figures(result: Mapping[str, Any] | None) -> dict[str, Any]:
         "outcome": result["outcome"],
         **{f"peak_{name}": value for name, value in result["peaks"].items()},
         "num_alloc_retries": result["num_alloc_retries"],
-        "context_bytes": result["details"].get("context_bytes"),
+        **{name: result["details"].get(name) for name in ("context_bytes", "communicator_bytes")},
     }

@@ -93,8 +93,8 @@ class _Record:
 class TrialProcess:
     """This process and its GPU. Its first trial is a fresh one; a later one finds the model on the device.
 
-    Of several ranks each is such a process, with the visible GPU ``device_index``; ``agree`` makes one decision of
-    theirs, since a rank that goes on alone waits for ever.
+    Of several ranks each is such a process, with the visible GPU ``device_index``; ``join`` makes it one of them, once
+    CUDA has started; ``agree`` makes one decision of theirs, since a rank that goes on alone waits for ever.
     """
 
     def __init__(
@@ -103,10 +103,11 @@ class TrialProcess:
         model: torch.nn.Module,
         *,
         device_index: int = 0,
+        join: Callable[[], object] | None = None,
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         self._spec, self._model = spec, model
-        self._device_index, self._agree = device_index, agree
+        self._device_index, self._join, self._agree = device_index, join, agree
         self._context: Context | None = None
 
     def run(
@@ -132,7 +133,9 @@ class TrialProcess:
         with Card.open(gpu_uuid) as card:
             use_allocator(chosen.allocator)
             with record.timing("context_s"):
-                context = self._context = self._context or Context.start(capacity_bytes, card, self._device_index)
+                context = self._context = self._context or Context.start(
+                    capacity_bytes, card, self._device_index, self._join
+                )
             context.begin()
             spec = replace(self._spec, train=replace(self._spec.train, accumulation_steps=accumulation_steps))
             outcome, words = self._attempt(spec, chosen, batch_size, context, card, record)
@@ -152,6 +155,7 @@ class TrialProcess:
                 "step_times_s": record.step_times_s,
                 "details": {
                     "context_bytes": context.context_bytes,
+                    **({"communicator_bytes": context.communicator_bytes} if self._join else {}),
                     "used_before_bytes": context.used_before_bytes,
                     "num_steps": len(record.allocated_after_step_bytes),
                     "samples_per_step": batch_size * accumulation_steps * chosen.gpus,
