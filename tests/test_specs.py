@@ -342,7 +342,7 @@ def test_everything_that_a_spec_can_say_survives_json() -> None:
         data={"kind": "tokens", "lengths": [16, 24, 24]},
         train={
             "optimizer": {"name": "sgd", "lr": 0.1}, "accumulation_steps": 4, "clip_grad_norm": 1.0, "ema": 0.99,
-            "freeze": ["wte.*"], "evaluation": {"batch_size": 3}, "routing": "worst", "global_batch_size": 32,
+            "freeze": ["wte.*"], "evaluation": {"batch_size": 3}, "routing": "worst", "global_batch_size": 64,
         },
         variants={
             "sdpa": ["math", "flash"], "optimizer_implementation": "fused", "memory_format": "channels-last",

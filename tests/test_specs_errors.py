@@ -6,6 +6,7 @@ import yaml
 from planner.errors import InvalidSpec
 from planner.specs.document import parse_spec
 from planner.specs.plain import MAX_DEPTH, MAX_VALUES
+from planner.throughput import accumulations
 
 GOOD = {
     "model": {"source": "transformers", "model_type": "gpt2", "task": "causal-lm"},
@@ -349,6 +350,31 @@ def test_shared_values_cannot_multiply_without_end() -> None:
             "search: {multiple_of: 8, max_batch_size: 4}",
             "search.max_batch_size: must be at least search.multiple_of (8), not 4 (did you mean '8'?)",
         ),
+        (
+            "{train: {global_batch_size: 7}, search: {multiple_of: 8}}",
+            "train.global_batch_size: must be a multiple of search.multiple_of (8), not 7 (did you mean '8'?)",
+        ),
+        (
+            "train: {global_batch_size: 7, accumulation_steps: 2}",
+            "train.global_batch_size: must be a multiple of train.accumulation_steps (2), not 7; "
+            "the nearest are 6 and 8 (did you mean '6'?)",
+        ),
+        (
+            "{train: {global_batch_size: 90, accumulation_steps: 2}, search: {multiple_of: 4}, "
+            "variants: {parallelism: [single, ddp], gpus: 4}}",
+            "train.global_batch_size: must be a multiple of search.multiple_of (4) times train.accumulation_steps (2) "
+            "times variants.gpus (4), not 90; the nearest are 64 and 96 (did you mean '96'?)",
+        ),
+        (
+            "{train: {global_batch_size: 512, accumulation_steps: 2}, search: {multiple_of: 8, max_batch_size: 30}}",
+            "train.global_batch_size: 512 in 2 accumulation steps takes micro-batches of more than "
+            "search.max_batch_size (30) (did you mean '48'?)",
+        ),
+        (
+            "{train: {global_batch_size: 7, accumulation_steps: 9}, search: {multiple_of: 2147483647}}",
+            "train.global_batch_size: must be a multiple of search.multiple_of (2147483647) times "
+            "train.accumulation_steps (9), not 7",
+        ),
         ("search: {headroom: 100%}", "search.headroom: '100%' is not from 0% to below 100%"),
         ("search: {headroom: 7.5}", "search.headroom: 7.5 is neither bytes, such as 2GiB, nor a share, such as 5%"),
         (
@@ -375,3 +401,24 @@ def test_shared_values_cannot_multiply_without_end() -> None:
 )
 def test_errors_of_further_keys(section: str, message: str) -> None:
     assert str(error_of(GOOD | yaml.safe_load(section))) == message
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "{train: {global_batch_size: 7}, search: {max_batch_size: 2}}",
+        "{train: {global_batch_size: 48, accumulation_steps: 2}, search: {multiple_of: 8, max_batch_size: 30}}",
+        "{train: {global_batch_size: 6, accumulation_steps: 3}, variants: {parallelism: [fsdp2], gpus: 2}}",
+    ],
+)
+def test_a_global_batch_size_that_equal_micro_batches_make(section: str) -> None:
+    """What is an error above is one for its arithmetic alone: every way of these reaches its size."""
+    spec = parse_spec(GOOD | yaml.safe_load(section))
+    ways = [
+        accumulations(
+            spec.train.global_batch_size or 0, spec.search.max_batch_size or 64, gpus=variant.gpus,
+            multiple_of=spec.search.multiple_of, steps=spec.train.accumulation_steps if "steps" in section else None,
+        )
+        for variant in spec.variants.product()
+    ]  # fmt: skip
+    assert all(list(each) for each in ways)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -47,6 +48,7 @@ from planner.specs.sections import (
 from planner.specs.tasks import data_kinds
 from planner.specs.values import INTEGER_RANGES
 from planner.specs.variants import AXES, CONTRACT_AXES, Parallelism, VariantAxes
+from planner.units import MAX_BATCH_SIZE
 
 
 def load_spec(path: Path) -> Spec:
@@ -229,6 +231,7 @@ def _check_together(spec: Spec) -> None:
     """What no section can say alone. Raises ``InvalidSpec``."""
     model, data, train = spec.model, spec.data, spec.train
     _check_variants(spec)
+    _check_global_batch_size(spec)
     if train.loss is not None and train.step is not None:
         raise InvalidSpec(_NO_EFFECT, field="train.loss")
     if data.kind is DataKind.TOKENS and model.source is not ModelSource.TRANSFORMERS:
@@ -273,4 +276,33 @@ def _check_variants(spec: Spec) -> None:
             f"must be at least search.multiple_of ({multiple}), not {limit}",
             field="search.max_batch_size",
             suggestion=str(multiple),
+        )
+
+
+def _check_global_batch_size(spec: Spec) -> None:
+    """That equal micro-batches can make it in every variant, whatever fits. Raises ``InvalidSpec`` with the nearest."""
+    size, limit, steps = spec.train.global_batch_size, spec.search.max_batch_size, spec.train.accumulation_steps
+    if size is None:
+        return
+    factors = {
+        "search.multiple_of": spec.search.multiple_of,
+        "train.accumulation_steps": steps,
+        "variants.gpus": max(variant.gpus for variant in spec.variants.product()),
+    }
+    unit = math.prod(factors.values())
+    words = " times ".join(f"{name} ({factor})" for name, factor in factors.items() if factor > 1)
+    below = size // unit * unit
+    nearest = [multiple for multiple in (below, below + unit) if 0 < multiple <= MAX_BATCH_SIZE]
+    if below != size:
+        both = f"; the nearest are {below} and {below + unit}" if len(nearest) == 2 else ""
+        raise InvalidSpec(
+            f"must be a multiple of {words}, not {size}{both}",
+            field="train.global_batch_size",
+            suggestion=str(min(nearest, key=lambda multiple: abs(multiple - size))) if nearest else None,
+        )
+    if limit is not None and steps > 1 and size > (most := limit // spec.search.multiple_of * unit):
+        raise InvalidSpec(
+            f"{size} in {steps} accumulation steps takes micro-batches of more than search.max_batch_size ({limit})",
+            field="train.global_batch_size",
+            suggestion=str(most),
         )
