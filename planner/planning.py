@@ -392,7 +392,8 @@ class _VariantWork:
             return self._failed(trial, ())
         details, notes = leak_details(trial, self.capacity_bytes)
         notes = [*_notes_of([trial]), *notes]
-        return self._answer(trial, notes, batch_size=batch_size, fits=trial.fits, details=details)
+        fits = None if "leak" in details else trial.fits
+        return self._answer(trial, notes, batch_size=batch_size, fits=fits, details=details)
 
     def _is_certified(self, result: SearchResult) -> bool:
         return result.certified and all(trial.source is Source.MEASURED for trial in result.trials)

@@ -26,6 +26,9 @@ ANSWERS = (
 """What a plan's details may answer beside the largest batch size (``planner.choices``); ``null`` where there is
 nothing to say."""
 
+FIT_WORDS: Mapping[bool | None, str] = {True: "fits", False: "does not fit", None: "is not known to fit"}
+"""What a plan for one batch size says of it, by its ``fits``; a note says of which leak where it is ``None``."""
+
 KIND_NAMES: Mapping[str, str] = {
     "activations": "activations",
     "recomputed_activations": "recomputed activations",
@@ -210,12 +213,15 @@ def summary(plans: Sequence[Plan]) -> list[str]:
     """One sentence each: the largest, what constraints cost, the fastest, how a global batch size is reached, and what
     checkpointing costs and saves. Only what is known."""
     answered = [plan for plan in plans if plan.status is PlanStatus.PLANNED and _size(plan)]
+    leaking = [plan for plan in plans if _is_unknown(plan)]
+    if not answered and leaking:
+        return [*_leaking(leaking)]
     if not answered:
         tried = [plan for plan in plans if plan.status is PlanStatus.PLANNED]
         nothing = "Nothing fits: no variant runs even at the smallest batch size that was asked about."
         return [nothing, *_constrained(tried), *_evaluated(tried)] if tried else []
     return [
-        *_largest(answered), *_constrained(answered), *_fastest(answered), *_accumulated(answered),
+        *_largest(answered), *_leaking(leaking), *_constrained(answered), *_fastest(answered), *_accumulated(answered),
         *_checkpointing(plans),
     ]  # fmt: skip
 
@@ -249,9 +255,24 @@ def _largest(plans: Sequence[Plan]) -> Iterator[str]:
     for plan in best:
         if calm := plan.details.get("largest_without_thrashing"):
             yield f"Without thrashing: {calm['batch_size']} with {plan.variant.label()} ({calm['source']})."
-        if leak := plan.details.get("leak"):
-            label, size = plan.variant.label(), format_bytes(leak["bytes_per_step"])
-            yield f"{label} leaks {size} a step: memory runs out after about {leak['steps_left']} more steps."
+        if "leak" in plan.details:
+            yield f"{_leak(plan)}."
+
+
+def _is_unknown(plan: Plan) -> bool:
+    """Whether the one batch size that was asked about fitted for a few steps only."""
+    return plan.status is PlanStatus.PLANNED and plan.batch_size is not None and plan.fits is None
+
+
+def _leaking(plans: Sequence[Plan]) -> Iterator[str]:
+    for plan in plans:
+        yield f"Batch size {plan.batch_size} {FIT_WORDS[None]}: {_leak(plan)} ({plan.source})."
+
+
+def _leak(plan: Plan) -> str:
+    leak = plan.details["leak"]
+    label, size = plan.variant.label(), format_bytes(leak["bytes_per_step"])
+    return f"{label} leaks {size} a step: memory runs out after about {leak['steps_left']} more steps"
 
 
 def _constrained(plans: Sequence[Plan]) -> Iterator[str]:
@@ -345,7 +366,7 @@ def _checkpointing(plans: Sequence[Plan]) -> Iterator[str]:
     for plan in twins.values():
         variant = plan.variant
         plain = twins.get(replace(variant, checkpointing=Checkpointing.NONE))
-        if variant.checkpointing is Checkpointing.NONE or plain is None or not _size(plan):
+        if variant.checkpointing is Checkpointing.NONE or plain is None or _is_unknown(plain) or not _size(plan):
             continue
         what = f"Checkpointing {variant.checkpointing} with {plain.variant.label()}"
         if not _size(plain):

@@ -179,6 +179,7 @@ class Plan:
     """Of a measured search: where the virtual GPU had said that it would end; ``None`` where it could not say."""
     batch_size: int | None = None
     fits: bool | None = None
+    """``None`` of one size: it leaks, so that the few steps which fitted are no evidence that training will."""
     certified: bool = False
     """``max_batch_size`` ran and ``first_oom_batch_size`` ran out of memory, each in a fresh process on a real GPU."""
     peaks: Peaks | None = None

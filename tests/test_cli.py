@@ -274,6 +274,9 @@ def test_statuses_of_plans() -> None:
     assert status_of_plans([failed, {"max_batch_size": 3}]) == 0
     assert status_of_plans([failed, failed]) == 2
     assert status_of_plans([{"batch_size": 8, "fits": False}]) == 1
+    leaking = {"batch_size": 8, "fits": None}
+    assert status_of_plans([leaking, {"batch_size": 8, "fits": False}]) == 3
+    assert status_of_plans([leaking, {"batch_size": 8, "fits": True}]) == 0
 
 
 def test_gpus(capsys: pytest.CaptureFixture[str]) -> None:

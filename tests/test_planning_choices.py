@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.choices import MAX_THRASHING
+from planner.endurance import leak_of
 from planner.errors import InvalidSpec, ModelError
 from planner.planning import plan_sweep
 from planner.specs.model import Headroom, SearchSpec
@@ -243,8 +244,8 @@ def test_a_leak_is_reported_and_nothing_is_certified():
     assert (plan.max_batch_size, plan.certified) == (64, False)
     assert any(note.startswith("a leak: at batch size 64 every step leaves 12.0 MiB more") for note in plan.notes)
     (one,) = plan_sweep(make_spec(), Gpu(leak_bytes=12 * MIB), batch_size=32)
-    assert (one.fits, one.details["leak"]["steps_left"]) == (True, 8 * GIB // (12 * MIB))
-    assert one.notes
+    assert (one.fits, one.details["leak"]["steps_left"]) == (None, 8 * GIB // (12 * MIB))
+    assert one.notes == (leak_of(one.trials[0], 16 * GIB).sentence(),)  # as the gate says it
     predicted = plan_of(Gpu(PREDICTED, leak_bytes=12 * MIB))
     assert predicted.details["leak"] == {**plan.details["leak"], "source": "predicted"}
     assert predicted.notes[0].startswith("a leak, predicted: at batch size 64 every step leaves 12.0 MiB more")

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from planner_api.schemas import PlanDocument
+from planner_api.views import plan_row
 
+from planner.cli.wording import sizes_line
 from planner.errors import ModelError
 from planner.gpus import default_capacity_bytes, find_gpu, list_gpus
 from planner.reports import ANSWERS, gpu_dict, plan_dict, summary, trial_dict, verdict_dict
@@ -184,6 +186,23 @@ def test_thrashing_and_leaks_are_said_of_the_largest():
     lines = summary([make_plan(size=77, details={"largest_without_thrashing": calm, "leak": leak}, certified=False)])
     assert lines[1] == "Without thrashing: 64 with bf16-amp (measured)."
     assert lines[2] == "bf16-amp leaks 12.0 MiB a step: memory runs out after about 700 more steps."
+
+
+def test_a_leak_leaves_open_whether_one_batch_size_fits():
+    leak = {"batch_size": 16, "bytes_per_step": 12 << 20, "steps_left": 700}
+    asked = {"max_batch_size": None, "first_oom_batch_size": None, "batch_size": 16, "certified": False}
+    leaking = make_plan(FP32, fits=None, details={"leak": leak}, **asked)
+    said = (
+        "Batch size 16 is not known to fit: fp32 leaks 12.0 MiB a step: memory runs out after about 700 more steps "
+        "(measured)."
+    )
+    assert summary([leaking]) == [said]
+    assert (plan_dict(leaking)["fits"], plan_row(leaking).answer) == (None, "16 is not known to fit")
+    assert sizes_line(plan_dict(leaking)) == "batch size 16 is not known to fit"
+    sound = make_plan(FP32_FULL, fits=True, **asked)
+    lines = summary([leaking, sound])
+    assert lines[:2] == ["Batch size 16 fits with fp32 + checkpointing full (measured).", said]
+    assert not any("without it" in line for line in lines)  # as if it did not fit
 
 
 def test_a_global_batch_size():

@@ -45,7 +45,9 @@ class PlanDocument(BaseModel):
         default=None, description="Of a measured search: the answer that had been predicted before it"
     )
     batch_size: int | None = Field(default=None, description="Of a question about one batch size")
-    fits: bool | None = Field(default=None, description="Of a question about one batch size")
+    fits: bool | None = Field(
+        default=None, description="Of a question about one batch size; null: it fits for a few steps, but leaks"
+    )
     certified: bool | None = Field(
         default=None, description="Both batch sizes were run, each in a fresh process on a real GPU"
     )

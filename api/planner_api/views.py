@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from planner.reports import further_answers
+from planner.reports import FIT_WORDS, further_answers
 from planner.trials import Plan, PlanStatus, Source
 from planner.units import GIB, format_bytes
 
@@ -120,7 +120,7 @@ def _answer(plan: Plan) -> str:
     if plan.status is not PlanStatus.PLANNED:
         return "–"
     if plan.batch_size is not None:
-        return f"{plan.batch_size:,} {'fits' if plan.fits else 'does not fit'}"
+        return f"{plan.batch_size:,} {FIT_WORDS[plan.fits]}"
     return "nothing fits" if plan.max_batch_size == 0 else f"{plan.max_batch_size:,}"
 
 

@@ -4,7 +4,7 @@
 0      planned, or fits
 1      nothing fits, or the asked batch size does not fit
 2      bad spec, bad arguments, or the work could not be done
-3      ``preflight`` only: not enough evidence
+3      ``preflight``, or a question about one batch size: not enough evidence
 130    interrupted by Ctrl-C (128 + SIGINT); 143 by SIGTERM
 ====== ==================================================================
 """
@@ -44,12 +44,18 @@ def status_of_error(error: PlannerError, *, preflight: bool = False) -> ExitStat
 
 
 def status_of_plans(plans: Sequence[Mapping[str, Any]]) -> ExitStatus:
-    """0 when a variant fits; 1 when variants were answered and none fits; 2 when none could be answered.
+    """0 when a variant fits; 1 when variants were answered and none fits, 3 where one leaks; 2 when none was answered.
 
     ``plans`` are plans as JSON data (``planner.reports.plan_dict``).
     """
     if any(plan.get("fits") or plan.get("max_batch_size") for plan in plans):
         return ExitStatus.OK
-    if any(plan.get("status", "planned") == "planned" for plan in plans):
+    if any(plan.get("batch_size") is not None and plan.get("fits") is None for plan in plans if _is_planned(plan)):
+        return ExitStatus.NOT_ENOUGH_EVIDENCE
+    if any(_is_planned(plan) for plan in plans):
         return ExitStatus.DOES_NOT_FIT
     return ExitStatus.ERROR
+
+
+def _is_planned(plan: Mapping[str, Any]) -> bool:
+    return plan.get("status", "planned") == "planned"

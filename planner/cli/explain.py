@@ -74,7 +74,8 @@ def explain(
 ) -> int:
     """Say what takes the memory at the largest batch size, or at --batch-size, and which single change gains how much.
 
-    All of it is predicted on a virtual GPU. Exit status: 0 planned, 1 nothing fits, 2 bad spec or arguments.
+    All of it is predicted on a virtual GPU. Exit status: 0 planned, 1 nothing fits, 2 bad spec or arguments,
+    3 --batch-size fits a few steps but leaks.
     """
     check_batch_size(batch_size)
     parts = parts_of(context)

@@ -67,7 +67,7 @@ def probe(
 
     With no GPU here, or with --gpu of another type, the plans are predictions, and say so; with --on they are measured
     under that type's capacity, and say so.
-    Exit status: 0 planned, 1 nothing fits, 2 bad spec or arguments.
+    Exit status: 0 planned, 1 nothing fits, 2 bad spec or arguments, 3 --batch-size fits a few steps but leaks.
     """
     return _answer(context, "probe", spec, gpu, on, capacity, batch_size, store, server, fresh, as_json, quiet)
 
@@ -87,7 +87,7 @@ def predict(
 ) -> int:
     """Predict the largest batch size of every variant on a virtual GPU; needs no GPU.
 
-    Exit status: 0 planned, 1 nothing fits, 2 bad spec or arguments.
+    Exit status: 0 planned, 1 nothing fits, 2 bad spec or arguments, 3 --batch-size fits a few steps but leaks.
     """
     return _answer(context, "predict", spec, gpu, None, capacity, batch_size, store, server, fresh, as_json, quiet)
 

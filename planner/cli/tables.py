@@ -132,7 +132,7 @@ def _sizes(plan: Mapping[str, Any], one_size: bool) -> tuple[str, str]:
     if wording.status(plan) != "planned":
         return "-", "-"
     if one_size:
-        return str(plan["batch_size"]), "yes" if plan["fits"] else "no"
+        return str(plan["batch_size"]), {True: "yes", False: "no", None: "unknown"}[plan["fits"]]
     return _count(plan.get("max_batch_size")), _count(plan.get("first_oom_batch_size"))
 
 

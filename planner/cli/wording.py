@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from planner.reports import KIND_NAMES
+from planner.reports import FIT_WORDS, KIND_NAMES
 from planner.trials import Outcome, Source, Trial
 from planner.units import GIB, format_bytes
 
@@ -87,7 +87,7 @@ def sizes_line(plan: Mapping[str, Any]) -> str:
     if status(plan) != "planned":
         return f"{status(plan)}: {(plan.get('error') or {}).get('message', 'no reason was given')}"
     if plan.get("batch_size") is not None:
-        return f"batch size {plan['batch_size']} {'fits' if plan.get('fits') else 'does not fit'}"
+        return f"batch size {plan['batch_size']} {FIT_WORDS[plan.get('fits')]}"
     if not plan.get("max_batch_size"):
         return "not even one sample fits"
     first_oom = plan.get("first_oom_batch_size")
