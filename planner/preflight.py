@@ -63,7 +63,7 @@ def preflight(
         )
         if decided is None:
             near = near_matches([found for found in stored if found not in comparable], here, batch_size, usable)
-            decided = _predict(device, spec, variant, batch_size, near)
+            decided = _doubted(_predict(device, spec, variant, batch_size, near), leaking)
         verdicts.append(decided)
     return Verdict(
         spec_hash=spec.hash,
@@ -152,6 +152,15 @@ def judge_leaking(
     leaks = [leak_of(stored.trial, capacity_bytes) for stored in evidence]
     words = next((leak.sentence() for leak in leaks if leak and leak.batch_size == found.evidence_batch_size), "a leak")
     return replace(found, kind=VerdictKind.UNKNOWN, reason=f"{found.reason}, but there is {words}")
+
+
+def _doubted(predicted: VariantVerdict, leaking: Sequence[StoredTrial]) -> VariantVerdict:
+    """A prediction beside measured trials of other sizes that leak: what leaks at one size may leak at any."""
+    leak = next((leak_of(found.trial, found.capacity_bytes) for found in leaking), None)
+    if predicted.kind is not VerdictKind.FITS or leak is None:
+        return predicted
+    reason = f"{predicted.reason}, but there is, measured, {leak.sentence()}"
+    return replace(predicted, kind=VerdictKind.UNKNOWN, reason=reason)
 
 
 def near_matches(

@@ -122,7 +122,10 @@ def test_a_measurement_that_leaks_is_no_evidence_that_training_fits():
     assert "batch size 9 fitted" in variant.reason
     assert "but there is a leak: at batch size 9 every step leaves 12.0 MiB more allocated" in variant.reason
     assert ask(store=store_with(leaking, make_trial(12))).kind is FITS  # what did not leak decides
-    assert ask(12, store=store_with(leaking), interval=(1, 2)).kind is FITS  # nothing was measured there
+    (larger,) = ask(12, store=store_with(leaking), interval=(1, 2)).variants  # nothing was measured there
+    assert (larger.kind, larger.source) == (UNKNOWN, Source.PREDICTED)
+    assert "but there is, measured, a leak: at batch size 9 every step" in larger.reason
+    assert ask(12, store=store_with(leaking), interval=(CAPACITY + 1, CAPACITY + 2)).kind is NOT
     assert ask(8, store=store_with(leaking, make_trial(8, Outcome.OOM)), interval=(1, 2)).kind is NOT
 
 
