@@ -58,4 +58,4 @@ def status_of_plans(plans: Sequence[Mapping[str, Any]]) -> ExitStatus:
 
 
 def _is_planned(plan: Mapping[str, Any]) -> bool:
-    return plan.get("status", "planned") == "planned"
+    return str(plan.get("status", "planned")) == "planned"
