@@ -16,6 +16,12 @@ from planner.units import GIB, MIB
 
 _PAGE_BYTES = 2 * MIB
 """The allocator takes memory from the driver in multiples of this (c10/cuda/CUDACachingAllocator.cpp, kSmallBuffer)."""
+COMMUNICATOR_BYTES = 848 * MIB
+"""What NCCL and its kernels take of one GPU beside a lone process's context and libraries.
+
+*Measured* on two H200s with NCCL 2.28.9 (``measurements/h200/probe/gpt2-ddp-fsdp2-16.json``): 846 MiB with DDP, 842
+with FSDP2, of which 366 when the ranks connect. With other links or more ranks it may differ.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +72,11 @@ def estimated_library_bytes(num_sms: int) -> int:
     return _round_up(measured["library_bytes"] * max(num_sms, measured["num_sms"]) // measured["num_sms"])
 
 
-def default_capacity_bytes(gpu: Gpu) -> int:
-    """The most that the caching allocator can reserve on a card with nothing else on it, in whole pages of 2 MiB."""
-    return (gpu.total_bytes - gpu.context_bytes - gpu.library_bytes) // _PAGE_BYTES * _PAGE_BYTES
+def default_capacity_bytes(gpu: Gpu, num_ranks: int = 1) -> int:
+    """The most that the caching allocator can reserve on a card with nothing else on it, in whole pages of 2 MiB; for
+    one of ``num_ranks`` that train together, beside NCCL."""
+    outside_bytes = gpu.context_bytes + gpu.library_bytes + (COMMUNICATOR_BYTES if num_ranks > 1 else 0)
+    return (gpu.total_bytes - outside_bytes) // _PAGE_BYTES * _PAGE_BYTES
 
 
 def list_gpus() -> tuple[Gpu, ...]:

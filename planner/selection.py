@@ -70,8 +70,7 @@ def choose_device(
 
     same = choice.local.gpu.name
     peers = [card for card in here if card.gpu.name == same and card.uuid != choice.local.uuid]
-    stands_for = choice.stands_for.name if choice.stands_for else None
-    real = LocalDevice(choice.local, choice.capacity_bytes, peers=peers, stands_for=stands_for)
+    real = LocalDevice(choice.local, choice.capacity_bytes, peers=peers, stands_for=choice.stands_for)
     return Selected(device=real, gpu=choice.gpu, predictor=virtual, notes=choice.notes)
 
 

@@ -11,11 +11,13 @@ import pytest
 
 from planner.errors import DeviceBusy, DeviceLost, DeviceUnavailable, InvalidSpec, ModelError
 from planner.forks import Fork
+from planner.gpus import COMMUNICATOR_BYTES, default_capacity_bytes, find_gpu
 from planner.local_gpus import local_gpus
 from planner.planning import plan_sweep
 from planner.runtime.card import Card, Held, wait_until_idle
 from planner.runtime.device import LocalDevice
 from planner.specs.model import ModelSource, ModelSpec
+from planner.specs.variants import Parallelism, Variant
 from planner.trials import Outcome, PlanStatus, Source
 from planner.units import GIB, MIB
 from tests import environment_fakes
@@ -69,6 +71,22 @@ def make_device():
     yield make
     for device in made:
         device.close()
+
+
+def test_a_smaller_card_has_less_left_beside_nccl(make_device):
+    small = find_gpu("a10g")
+    most = default_capacity_bytes(small)
+    device = make_device(stands_for=small)
+    peers = make_device(stands_for=small, peers=[device.local])
+
+    def given(device, variant, capacity_bytes):
+        with device.open(make_spec(), variant, capacity_bytes=capacity_bytes) as runner:
+            return runner.run(1).details["capacity"]
+
+    two = Variant(parallelism=Parallelism.DDP, gpus=2)
+    assert given(device, Variant(), most) == most
+    assert given(peers, two, most) == most - COMMUNICATOR_BYTES
+    assert given(peers, two, GIB) == GIB
 
 
 def test_a_fresh_trial_is_a_fork_of_one_preloaded_process(make_device):

@@ -49,7 +49,7 @@ class LocalDevice:
         capacity_bytes: int,
         *,
         peers: Sequence[LocalGpu] = (),
-        stands_for: str | None = None,
+        stands_for: Gpu | None = None,
         trial_timeout_s: float = TRIAL_TIMEOUT_S,
         child_module: str = "planner.runtime.child",
         wait_idle: WaitIdle = wait_until_idle,
@@ -76,7 +76,7 @@ class LocalDevice:
             gpu=self.gpu.name,
             capacity_bytes=self.capacity_bytes,
             unlimited_capacity_bytes=most,
-            stands_for=self.stands_for,
+            stands_for=self.stands_for.name if self.stands_for else None,
         )
 
     def environment(self, spec: Spec) -> Environment:
@@ -100,7 +100,10 @@ class LocalDevice:
             raise InvalidSpec(
                 f"{variant.gpus} GPUs of type {self.gpu.name} are needed, and {counted} here", field="variants.gpus"
             )
-        return LocalRunner(self, spec, variant, capacity_bytes or self.capacity_bytes)
+        capacity = capacity_bytes or self.capacity_bytes
+        if self.stands_for is not None:  # a smaller card has less left beside NCCL, which this one has room for
+            capacity = min(capacity, default_capacity_bytes(self.stands_for, variant.gpus))
+        return LocalRunner(self, spec, variant, capacity)
 
     def close(self) -> None:
         """End the preloaded process; the next trial starts one again."""
