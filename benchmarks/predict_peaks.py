@@ -49,6 +49,7 @@ def predict(path: Path, variant: Variant, limit: int) -> dict[str, Any]:
         return predict_trial(
             family,
             size,
+            fresh=True,
             config=AllocatorConfig(),
             capacity_bytes=capacity,
             device_total_bytes=TOTAL_BYTES,

@@ -175,3 +175,27 @@ def test_a_compiled_step_is_not_predicted(process: Process) -> None:
     with pytest.raises(InvalidSpec, match=r"torch\.compile is not predicted") as caught:
         process.do("traced", spec=spec, variant={"compile": "on"}, batch_size=2)
     assert (caught.value.field, caught.value.suggestion) == ("variants.compile", "off")
+
+
+CTC = """
+log_probs = torch.randn(50, 4, 20, device=device).log_softmax(-1).requires_grad_()
+targets = torch.randint(1, 20, (4 * 7,), dtype=torch.int32)
+lengths = torch.full((4,), {length}, dtype=torch.int32), torch.full((4,), 7, dtype=torch.int32)
+torch.nn.functional.ctc_loss(log_probs, targets{moved}, *lengths, zero_infinity=True).backward()
+result = [sorted({{name for name in trace.operators if "ctc" in name}}), log_probs.grad.shape[0]]
+result.append([doubt.operator for doubt in trace.doubts])
+"""
+
+
+@pytest.mark.parametrize(
+    ("length", "moved", "implementation"),
+    [(50, ".to(device)", "cudnn"), (50, ".long()", "native"), (6, "", "native")],
+)
+def test_a_ctc_loss_runs_as_cuda_chooses(process: Process, length: int, moved: str, implementation: str) -> None:
+    """By cuDNN for 32-bit targets in a row that are no longer than their inputs, whose workspace is not known."""
+    operators, steps, doubts = process.run(CTC.format(length=length, moved=moved))
+    assert steps == 50
+    if implementation == "cudnn":
+        assert (operators, doubts) == (["aten::_cudnn_ctc_loss"], ["_cudnn_ctc_loss"])
+    else:
+        assert (operators, doubts) == (["aten::_ctc_loss", "aten::_ctc_loss_backward"], [])

@@ -49,6 +49,28 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
         TOKENS,
         {"precision": "bf16-amp"},
     ),
+    "wav2vec2, CTC": (
+        _transformers(
+            "wav2vec2",
+            "ctc",
+            vocab_size=40,
+            conv_dim=[16, 16],
+            conv_kernel=[10, 4],
+            conv_stride=[160, 2],
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=16,
+            ctc_zero_infinity=True,
+            **SMALL,
+        ),
+        {
+            "kind": "tensors",
+            "inputs": {
+                "input_values": {"shape": [16_000], "dtype": "float32"},
+                "labels": {"shape": [12], "dtype": "int64", "low": 1, "high": 40},
+            },
+        },
+        {"precision": "bf16-amp"},
+    ),
     "vit": (_transformers("vit", "image-classification", image_size=64, **SMALL), IMAGES, {"precision": "fp16"}),
     "resnet of transformers": (
         _transformers("resnet", "image-classification", depths=[1, 1], hidden_sizes=[16, 32], embedding_size=16),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from planner.virtual import attention_kernels, index_kernels, recurrent_kernels
+from planner.virtual import attention_kernels, ctc, index_kernels, recurrent_kernels
 from planner.virtual.architecture import Architecture
 from planner.virtual.convolutions import ELEMENT_BYTES, Direction, workspace_bytes
 from planner.virtual.reductions import Loop, reduction_loops, semaphore_bytes, staging_buffer_bytes
@@ -20,7 +20,7 @@ from planner.virtual.rules import RULES, Call, Step, bytes_of, outputs, rule
 from planner.virtual.trace import Formula, Workspace
 
 aten = torch.ops.aten
-_MODULES_OF_RULES = (attention_kernels, index_kernels, recurrent_kernels)  # importing them declares their rules
+_MODULES_OF_RULES = (attention_kernels, ctc, index_kernels, recurrent_kernels)  # importing them declares their rules
 
 
 class Kernels:
@@ -77,7 +77,7 @@ _UNMODELLED = {
     packet
     for name in """kthvalue median mode unique_dim _unique2 unique_consecutive multinomial bincount _fft_r2c _fft_c2r
     _fft_c2c linalg_qr linalg_inv_ex linalg_cholesky_ex _linalg_svd _linalg_eigh _linalg_solve_ex _linalg_det
-    linalg_lu_factor_ex _ctc_loss _cdist_forward _cdist_backward grid_sampler_3d_backward _scaled_grouped_mm
+    linalg_lu_factor_ex _cdist_forward _cdist_backward grid_sampler_3d_backward _scaled_grouped_mm
     segment_reduce""".split()
     if (packet := getattr(aten, name, None)) is not None
 }

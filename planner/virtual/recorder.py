@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from planner.errors import ModelError
-from planner.virtual import assumptions, packing, recurrent, repeats, values
+from planner.virtual import assumptions, ctc, packing, recurrent, repeats, values
 from planner.virtual.attention import adds_in_place
 from planner.virtual.backend import NAME, kernels_beside_decompositions
 from planner.virtual.indices import check_indices
@@ -119,6 +119,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             aten._cudnn_init_dropout_state.default: recurrent.dropout_state,
             aten._cudnn_rnn.default: functools.partial(recurrent.forward_outputs, kernels.architecture),
             aten._cudnn_rnn_backward.default: recurrent.backward_outputs,
+            **ctc.SHAPE_FUNCTIONS,
             **dict.fromkeys(_UPDATES, _update),
         }
         self._convolutions: dict[tuple[Any, ...], int] = {}  # PyTorch keeps their plans for each thread

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from planner.errors import InvalidSpec
 from planner.specs.model import Spec
 from planner.specs.variants import Compile, Variant
-from planner.virtual import attention, autocast, backend, composites, norms, packing, recurrent
+from planner.virtual import attention, autocast, backend, composites, ctc, norms, packing, recurrent
 from planner.virtual.architecture import Architecture
 from planner.virtual.indices import IndexOutOfRange
 from planner.virtual.kernels import Kernels
@@ -41,6 +41,7 @@ def prepare(architecture: Architecture) -> torch.device:
     recurrent.install()
     packing.install()
     composites.install()
+    ctc.install()
     _show_values_to_transformers()
     return device
 
