@@ -354,7 +354,7 @@ class _VariantWork:
         return accumulation_details(target, found)
 
     def _explained(self, plan: Plan, runner: TrialRunner) -> Plan:
-        """The plan with what takes the memory, where the device can say: at the plan's size, else of one sample."""
+        """The plan with what takes the memory, where the device can say: at the size that ``_explained_size`` names."""
         if plan.status is not PlanStatus.PLANNED or not isinstance(runner, Explainer):
             return plan
         with device_errors():
@@ -467,7 +467,8 @@ def _size_without_checkpointing(variant: Variant, plans: Sequence[Plan]) -> int 
 
 
 def _explained_size(plan: Plan) -> int:
-    return plan.batch_size or plan.max_batch_size or 1
+    """That of the plan's figures; the smallest that was asked about where nothing fits."""
+    return plan.batch_size or plan.max_batch_size or int(plan.question.get("multiple_of", 1))
 
 
 def _nobody(event: Progress) -> None:

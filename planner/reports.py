@@ -58,6 +58,13 @@ SUM_NAMES: Mapping[str, str] = {
 """What the kinds of an explanation sum up to on the way to the device's bytes, and what comes on top, in order."""
 
 
+def why_explained(batch_size: int | None, explanation: Mapping[str, Any]) -> str | None:
+    """Why a size that does not fit is explained; ``None`` where it fits. ``batch_size``: the one asked about, if any."""
+    if explanation["fits"]:
+        return None
+    return "does not fit" if batch_size is not None else "the smallest that was asked about, and does not fit"
+
+
 def plan_dict(plan: Plan) -> dict[str, Any]:
     """A plan as ``probe`` and ``predict`` print it (contract, "JSON of probe and predict")."""
     if plan.batch_size is None:

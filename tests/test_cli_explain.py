@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from cli_fakes import write_spec
+from planner_api.memory import memory_view
 from rich.console import Console
 
 from planner.cli.app import run
@@ -91,10 +92,10 @@ PLAN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _printed(show: Any, encoding: str = "utf-8") -> str:
+def _printed(show: Any, encoding: str = "utf-8", *, plan: dict[str, Any] | None = None) -> str:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
-    show(Console(file=file, width=120, highlight=False), PLAN)
+    show(Console(file=file, width=120, highlight=False), PLAN | (plan or {}))
     return raw.getvalue().decode(encoding)
 
 
@@ -109,6 +110,21 @@ def test_the_tables_show_both_moments_and_sum_up() -> None:
     assert lines["all others"][2:] == ["42", "0.01", "<1%"], "what is below 1% is summed up"
     assert lines["outside any module"][3:] == ["1", "0.99", "17%"]
     assert "exp_avg of wte.weight 200.0 MiB optimizer state" in text
+
+
+def test_what_does_not_fit_says_why_it_is_explained() -> None:
+    unfit = {"max_batch_size": 0, "explanation": {**PLAN["explanation"], "fits": False}}
+    line = "(predicted; the smallest that was asked about, and does not fit: this is without a limit)"
+    assert _printed(print_explanation, plan=unfit).startswith(f"bf16-amp, batch size 9 on h200 {line}\n")
+    asked = _printed(print_explanation, plan={**unfit, "max_batch_size": None, "batch_size": 9})
+    assert "(predicted; does not fit: this is without a limit)" in asked
+    (_, shown) = shares([PLAN | unfit])
+    assert shown.startswith(
+        "  bf16-amp, batch size 9 (the smallest that was asked about, and does not fit): activations"
+    )
+    view = memory_view(unfit["explanation"])
+    assert view is not None
+    assert view.unfit == "the smallest that was asked about, and does not fit"
 
 
 def test_every_kind_has_a_name() -> None:

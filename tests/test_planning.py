@@ -96,6 +96,13 @@ def test_a_measured_plan_carries_the_prediction_for_its_own_size(predicted, batc
     assert virtual.num_open == 0
 
 
+@pytest.mark.parametrize(("search", "explained"), [(SearchSpec(), 1), (SearchSpec(multiple_of=8), 8)])
+def test_where_nothing_fits_the_smallest_size_that_was_asked_about_is_explained(search, explained):
+    device = ExplainingDevice(0, source=PREDICTED)
+    (plan,) = plan_sweep(make_spec(search=search), device)
+    assert (plan.max_batch_size, plan.details["explanation"]["batch_size"]) == (0, explained)
+
+
 def test_a_measured_plan_does_without_an_explanation_where_there_is_none():
     virtual = ExplainingDevice(9, source=PREDICTED, script={(FP32, 1): [ModelError("no values", field="model")]})
     (plan,) = plan_sweep(make_spec(), ThresholdDevice(0), predict_start=virtual)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from planner.reports import KIND_NAMES, SUM_NAMES
+from planner.reports import KIND_NAMES, SUM_NAMES, why_explained
 
 WIDTH: Final = 1000
 HEIGHT: Final = 240
@@ -43,7 +43,8 @@ class Step:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryView:
     batch_size: int
-    fits: bool
+    unfit: str | None
+    """Why it is explained though it does not fit (``planner.reports.why_explained``)."""
     parts: tuple[Part, ...]
     kinds: tuple[KindRow, ...]
     when_allocated: str
@@ -59,8 +60,8 @@ class MemoryView:
     steps: tuple[Step, ...]
 
 
-def memory_view(explanation: Mapping[str, Any] | None) -> MemoryView | None:
-    """The view of a plan's explanation; ``None`` where it has none."""
+def memory_view(explanation: Mapping[str, Any] | None, batch_size: int | None = None) -> MemoryView | None:
+    """The view of the explanation of a plan, for one ``batch_size`` or of a search; ``None`` where it has none."""
     if not explanation:
         return None
     allocated, reserved = explanation["peaks"]["allocated"], explanation["peaks"]["reserved"]
@@ -68,7 +69,7 @@ def memory_view(explanation: Mapping[str, Any] | None) -> MemoryView | None:
     most = max((point[2] for point in timeline["points"]), default=0)
     return MemoryView(
         batch_size=explanation["batch_size"],
-        fits=explanation["fits"],
+        unfit=why_explained(batch_size, explanation),
         parts=tuple(_parts(allocated)),
         kinds=tuple(_kind_rows(allocated, reserved)),
         when_allocated=allocated["when"],

@@ -74,7 +74,8 @@ def job_page(job_id: RecordId, request: Request, service: ServiceDep) -> HTMLRes
 @router.get("/plans/{plan_id}")
 def plan_page(plan_id: RecordId, request: Request, service: ServiceDep) -> HTMLResponse:
     plan = service.store.get_plan(plan_id)
-    context = {"plan": plan, "rows": [plan_row(plan)], "memory": memory_view(plan.details.get("explanation"))}
+    memory = memory_view(plan.details.get("explanation"), plan.batch_size)
+    context = {"plan": plan, "rows": [plan_row(plan)], "memory": memory}
     return templates.TemplateResponse(request, "plan.html", context)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from planner.cli import wording
 from planner.cli.tables import plain_table
 from planner.cli.terminal import print_lines
-from planner.reports import KIND_NAMES, SUM_NAMES
+from planner.reports import KIND_NAMES, SUM_NAMES, why_explained
 from planner.specs.variants import variant_label
 from planner.units import format_bytes
 
@@ -23,7 +23,8 @@ def print_explanation(console: Console, plan: Mapping[str, Any]) -> None:
     """The tables of one plan's explanation: kinds, modules, largest tensors, timeline."""
     explanation = plan["explanation"]
     size = explanation["batch_size"]
-    fits = "" if explanation["fits"] else "; does not fit: this is without a limit"
+    why = why_explained(plan.get("batch_size"), explanation)
+    fits = "" if why is None else f"; {why}: this is without a limit"
     print_lines(
         console, [f"{variant_label(plan['variant'])}, batch size {size} on {plan['gpu']} (predicted{fits})", ""]
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from planner.reports import FIT_WORDS, KIND_NAMES
+from planner.reports import FIT_WORDS, KIND_NAMES, why_explained
 from planner.trials import Outcome, Source, Trial
 from planner.units import GIB, format_bytes
 
@@ -110,4 +110,5 @@ def shares(plan: Mapping[str, Any]) -> str | None:
     ranked = sorted(peak["kinds"].items(), key=lambda item: -item[1])
     parts = [(KIND_NAMES[kind], round(100 * count / peak["allocated_bytes"])) for kind, count in ranked]
     named = ", ".join(f"{kind} {share}%" for kind, share in parts[:4] if share)
-    return f"batch size {explanation['batch_size']}: {named}"
+    why = why_explained(plan.get("batch_size"), explanation)
+    return f"batch size {explanation['batch_size']}{f' ({why})' if why else ''}: {named}"
