@@ -59,7 +59,7 @@ SUM_NAMES: Mapping[str, str] = {
 
 
 def why_explained(batch_size: int | None, explanation: Mapping[str, Any]) -> str | None:
-    """Why a size that does not fit is explained; ``None`` where it fits. ``batch_size``: the one asked about, if any."""
+    """Why a size that does not fit is explained; ``None`` for one that fits. ``batch_size``: as in ``Plan``."""
     if explanation["fits"]:
         return None
     return "does not fit" if batch_size is not None else "the smallest that was asked about, and does not fit"

@@ -279,6 +279,69 @@ def test_a_stored_plan_is_shown_with_its_explanation(tmp_path: Path, capsys: pyt
     assert "what takes the memory" in shown
 
 
+class Service:
+    """A service that has finished any job at once."""
+
+    url = "http://service"
+
+    def __init__(self, *plans: dict[str, Any]) -> None:
+        self.plans = plans
+        self.asked: dict[str, Any] = {}
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, question: dict[str, Any]) -> dict[str, Any]:
+        self.asked = question
+        return {"id": "7"}
+
+    def events(self, job_id: str) -> list[Any]:
+        return []
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        return {"id": job_id, "state": "succeeded", "plans": list(self.plans)}
+
+
+def _ask(service: Service, monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
+    monkeypatch.setattr(Parts, "connect", lambda self, url: service)
+    return run(["explain", str(write_spec(folder)), "--server", "http://service", *arguments])
+
+
+def test_a_service_is_asked_for_the_predictions_that_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = {key: value for key, value in PLAN.items() if key != "advice"} | {"source": "predicted", "max_batch_size": 9}
+    other = plan | {"variant": {**PLAN["variant"], "precision": "fp32"}}
+    service = Service(other, plan)
+    assert _ask(service, monkeypatch, tmp_path, "--variant", "bf16-amp", "--capacity", "16GiB") == 0
+    assert (service.asked["kind"], service.asked["capacity_bytes"], service.asked["gpu"]) == ("predict", 16 * GIB, None)
+    shown = capsys.readouterr().out
+    assert shown.startswith("bf16-amp, batch size 9 on h200 (predicted)\n")
+    assert shown.count("what takes the memory") == 1
+    assert _ask(service, monkeypatch, tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["plans"] == [other, plan]
+
+
+def test_what_a_service_cannot_explain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = {"code": "invalid_spec", "message": "no such kernel", "field": "variants.precision", "suggestion": None}
+    refused = {"variant": PLAN["variant"], "gpu": "h200", "status": "unsupported", "error": error}
+    service = Service(refused)
+    assert _ask(service, monkeypatch, tmp_path) == 2
+    assert "error: variants.precision: no such kernel" in capsys.readouterr().err
+    for flag in (["--advise"], ["--variant", "fp32", "--snapshot", str(tmp_path / "out.pickle")]):
+        service.asked = {}
+        assert _ask(service, monkeypatch, tmp_path, *flag) == 2
+        assert (
+            f"error: {flag[-1 if len(flag) == 1 else 2][2:]}: is worked out on this machine only"
+            in capsys.readouterr().err
+        )
+        assert not service.asked
+
+
 def test_nothing_is_faked_in_this_one(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN)
     command = [sys.executable, "-m", "planner.cli", "explain", "own.yaml", "--gpu", "h200", "--capacity", "1GiB"]

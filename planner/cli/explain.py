@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,13 +18,15 @@ from planner.cli.options import (
     Fresh,
     Gpu,
     Quiet,
+    ServerUrl,
     SpecFile,
     StoreUrl,
     check_batch_size,
+    one_of_store_and_server,
 )
 from planner.cli.parts import Parts, parts_of
 from planner.cli.signals import Interrupted, interruptible
-from planner.cli.sweep import refusals
+from planner.cli.sweep import Question, finished_job, refusals, show_job_plans
 from planner.cli.terminal import note, print_document, print_error, print_lines, stderr_console, stdout_console
 from planner.errors import InvalidArgument, nearest
 from planner.selection import Selected
@@ -67,6 +70,7 @@ def explain(
     advise: Advise = None,
     snapshot: SnapshotFile = None,
     store: StoreUrl = None,
+    server: ServerUrl = None,
     fresh: Fresh = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -75,7 +79,7 @@ def explain(
     """Say what takes the memory at the largest batch size, or at --batch-size, and which single change gains how much.
 
     All of it is predicted on a virtual GPU. Exit status: 0 planned, 1 nothing fits, 2 bad spec or arguments,
-    3 --batch-size fits a few steps but leaks.
+    3 --batch-size fits a few steps but leaks. With --server neither changes are tried nor is a snapshot written.
     """
     check_batch_size(batch_size)
     parts = parts_of(context)
@@ -84,6 +88,14 @@ def explain(
     if snapshot is not None:
         _check_snapshot(snapshot, variants)
     capacity_bytes = None if capacity is None else parse_bytes(capacity)
+    store, server = one_of_store_and_server(context, store, server)
+    if server is not None:
+        _check_service_can(advise, snapshot)
+        question = Question(
+            kind="predict", spec=spec, gpu=gpu, on=None, capacity_bytes=capacity_bytes, batch_size=batch_size,
+            fresh=fresh, as_json=as_json, quiet=quiet,
+        )  # fmt: skip
+        return _ask_service(parts, question, server, variants)
     selected = parts.choose_device(gpu, capacity_bytes, predicted_only=True, on=None)
     for line in selected.notes:
         note(line)
@@ -131,6 +143,26 @@ def _check_snapshot(path: Path, variants: tuple[Variant, ...]) -> None:
         raise InvalidArgument(f"is of one variant: name it with --variant, one of {names}", field="snapshot")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InvalidArgument(f"{path} is not a file in a folder that is there", field="snapshot")
+
+
+def _check_service_can(advise: bool | None, snapshot: Path | None) -> None:
+    """Raises ``InvalidArgument``."""
+    for field, is_wanted in (("advise", advise), ("snapshot", snapshot)):
+        if is_wanted:
+            raise InvalidArgument("is worked out on this machine only: leave --server out", field=field)
+
+
+def _ask_service(parts: Parts, question: Question, server: str, variants: tuple[Variant, ...]) -> int:
+    try:
+        job = finished_job(parts, question, server)
+    except Interrupted as stop:
+        return stop.exit_status
+    chosen = [variant.as_dict() for variant in variants]
+    job["plans"] = [plan for plan in job.get("plans") or () if plan["variant"] in chosen]
+    status = show_job_plans(job, question.as_json, lambda plans, sentences: _show(plans))
+    for refusal in refusals(job["plans"]):
+        print_error(refusal, as_json=False)
+    return status
 
 
 class _Work:
@@ -189,7 +221,7 @@ class _Work:
         )
 
 
-def _show(plans: list[dict[str, Any]]) -> None:
+def _show(plans: Sequence[Mapping[str, Any]]) -> None:
     from planner.cli import wording
     from planner.cli.explanation import print_advice, print_explanation
     from planner.specs.variants import variant_label

@@ -25,7 +25,7 @@ from planner.cli.options import (
 )
 from planner.cli.parts import parts_of
 from planner.cli.signals import Interrupted, interruptible
-from planner.cli.sweep import show_job_plans
+from planner.cli.sweep import as_table, show_job_plans
 from planner.cli.terminal import note, print_document, print_lines, stdout_console
 from planner.units import format_bytes, parse_bytes
 
@@ -191,7 +191,7 @@ def _follow(service: ServiceClient | EmbeddedService, job_id: str, as_json: bool
     except Interrupted as stop:
         note(f"no longer watching: job {job_id} goes on; cancel it with: planner jobs cancel {job_id}")
         return stop.exit_status
-    return show_job_plans(job, as_json, f"from {service.url}, job {job_id}")
+    return show_job_plans(job, as_json, as_table(f"from {service.url}, job {job_id}"))
 
 
 def _print_job(job: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,15 @@ def _plan_here(parts: Parts, question: Question, store_url: str | None) -> int:
 
 
 def _ask_service(parts: Parts, question: Question, server: str) -> int:
+    try:
+        job = finished_job(parts, question, server)
+    except Interrupted as stop:
+        return stop.exit_status
+    return show_job_plans(job, question.as_json, as_table(f"from {server.rstrip('/')}, job {job['id']}"))
+
+
+def finished_job(parts: Parts, question: Question, server: str) -> dict[str, Any]:
+    """The service's job that answers ``question``, at its end. Raises ``Interrupted``, and has said what goes on."""
     from planner.cli.watch import follow
 
     document = parts.read_document(question.spec)
@@ -170,20 +179,28 @@ def _ask_service(parts: Parts, question: Question, server: str) -> int:
             }
         )  # fmt: skip
         try:
-            job = follow(client, str(job["id"]), quiet=question.quiet)
-        except Interrupted as stop:
+            return follow(client, str(job["id"]), quiet=question.quiet)
+        except Interrupted:
             note(
                 f"interrupted: job {job['id']} goes on at {client.url}; "
                 f"cancel it with: planner jobs cancel {job['id']} --server {client.url}"
             )
-            return stop.exit_status
-    return show_job_plans(job, question.as_json, f"from {client.url}, job {job['id']}")
+            raise
 
 
-def show_job_plans(job: dict[str, Any], as_json: bool, origin: str) -> int:
-    """Print the plans of a finished job as ``probe`` prints its own, and answer the exit status that they mean."""
+Show = Callable[[Sequence[Mapping[str, Any]], Sequence[str]], None]
+"""Prints plans as JSON data and the sentences that sum them up."""
+
+
+def as_table(origin: str) -> Show:
+    """As ``probe`` prints its own, with where they come from."""
     from planner.cli.tables import print_plans
 
+    return lambda plans, sentences: print_plans(stdout_console(), plans, sentences, [origin])
+
+
+def show_job_plans(job: dict[str, Any], as_json: bool, show: Show) -> int:
+    """Print the plans of a finished job, and answer the exit status that they mean."""
     plans, sentences = job.get("plans") or [], job.get("summary") or []
     error = error_from_dict(job["error"]) if job.get("error") else None
     if error is None and job["state"] == "cancelled":
@@ -192,7 +209,7 @@ def show_job_plans(job: dict[str, Any], as_json: bool, origin: str) -> int:
         document = {"plans": plans, "summary": sentences, "job": job["id"]}
         print_document(document | ({"error": error.as_dict()} if error else {}))
     elif plans:
-        print_plans(stdout_console(), plans, sentences, [origin])
+        show(plans, sentences)
     if error is not None:
         print_error(error, as_json=False)
         return status_of_error(error)
@@ -208,9 +225,7 @@ def refusals(plans: Sequence[Mapping[str, Any]]) -> list[PlannerError]:
 
 
 def _show(document: dict[str, Any], question: Question, origin: str) -> None:
-    from planner.cli.tables import print_plans
-
     if question.as_json:
         print_document(document)
     elif document["plans"] and not refusals(document["plans"]):
-        print_plans(stdout_console(), document["plans"], document["summary"], [origin])
+        as_table(origin)(document["plans"], document["summary"])
