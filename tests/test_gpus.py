@@ -1,5 +1,8 @@
 """The catalogue of GPU types, and recognising a real card in it."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from planner.errors import InvalidArgument
@@ -31,7 +34,7 @@ def test_the_h200_is_as_measured() -> None:
 
 def test_only_the_h200_is_called_measured() -> None:
     assert [gpu.name for gpu in list_gpus() if gpu.is_measured] == ["h200"]
-    assert all(not gpu.measured for gpu in list_gpus() if gpu.name != "h200")
+    assert {gpu.name for gpu in list_gpus() if gpu.measured} == {"h200", "h100-80gb"}
 
 
 @pytest.mark.parametrize("gpu", list_gpus(), ids=NAMES)
@@ -122,6 +125,20 @@ def test_estimates_grow_with_the_sms_and_agree_with_the_measurement() -> None:
     assert estimated_library_bytes(132) == estimated_library_bytes(40) == h200.library_bytes
     assert estimated_library_bytes(148) > h200.library_bytes
     assert estimated_context_bytes(40) < estimated_context_bytes(108) < estimated_context_bytes(148)
+
+
+def test_a_whole_h100_as_the_planner_certified_it() -> None:
+    """Predicted without ever having seen one; what lay outside the allocator is no more than the catalogue says."""
+    h100 = find_gpu("h100")
+    assert (h100.total_bytes, h100.context_bytes) == (85017493504, 552402944)
+    folder = Path(__file__).parent.parent / "measurements/h100/probe"
+    plans = [plan for path in folder.glob("*.json") for plan in json.loads(path.read_text(encoding="utf-8"))["plans"]]
+    assert len(plans) == 7
+    for plan in plans:
+        assert plan["certified"]
+        assert plan["predicted_max_batch_size"] == plan["max_batch_size"]
+        outside = plan["peak_device_bytes"] - plan["peak_reserved_bytes"]
+        assert 0.97 * (h100.context_bytes + h100.library_bytes) < outside <= h100.context_bytes + h100.library_bytes
 
 
 @pytest.mark.parametrize(
