@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rich.console import Console
 
-from planner.cli.tables import expectation, intervals, origin
+from planner.cli.folding import folded, hanging
+from planner.cli.tables import expectation, intervals, origin, plans_table
+from planner.cli.terminal import print_lines
+from planner.specs.variants import variant_label
 
 
 def plan(precision: str, measured: int | None, predicted: int | None) -> dict[str, Any]:
@@ -53,3 +60,42 @@ def test_intervals_that_rest_on_the_same_say_so_once() -> None:
         "  bf16: 1.00 GiB to 3.00 GiB",
         "  else",
     ]
+
+
+@given(st.text("ab _:,./\n", max_size=60), st.integers(1, 40))
+@example("fp32 + expandable_segments:True", 16)
+def test_folding_loses_nothing_and_keeps_to_the_width(text: str, width: int) -> None:
+    lines = folded(text, width)
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    assert all(len(line) <= width for line in lines)
+
+
+def test_words_break_after_punctuation_where_they_must() -> None:
+    text = "bf16-amp + expandable_segments:True,max_split_size_mb:128"
+    assert folded(text, 80) == [text]
+    assert folded(text, 17) == ["bf16-amp +", "expandable_", "segments:True,", "max_split_size_", "mb:128"]
+    assert folded("transformer.h.0.attn.c_attn", 17) == ["transformer.h.0.", "attn.c_attn"]
+    assert folded("GPT2LMHeadModel", 8) == ["GPT2LMHe", "adModel"]
+
+
+def test_what_is_left_of_an_indented_line_is_indented_further() -> None:
+    assert hanging("  fp32: 914.0 MiB to 1.06 GiB", 22) == ["  fp32: 914.0 MiB to", "    1.06 GiB"]
+    assert hanging("  fp32: 914.0 MiB", 80) == ["  fp32: 914.0 MiB"]
+    console = Console(file=io.StringIO(), width=22)
+    print_lines(console, ["", "  fp32: 914.0 MiB to 1.06 GiB", "no indent"])
+    assert console.file.getvalue() == "\n  fp32: 914.0 MiB to\n    1.06 GiB\nno indent\n"  # type: ignore[attr-defined]
+
+
+def test_a_narrow_table_breaks_no_word_of_a_variant() -> None:
+    allocator = {"precision": "bf16-amp", "allocator": "expandable_segments:True,max_split_size_mb:128"}
+    shown = {**plan("fp32", 21, None), "variant": allocator, "source": "predicted", "first_oom_batch_size": 22}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(plans_table(console, [shown]))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(len(line.rstrip()) <= 80 for line in printed.splitlines())
+    first = [line.split()[0] for line in printed.splitlines()[3:]]
+    assert first == ["bf16-amp", "expandable_", "segments:True,", "max_split_size_", "mb:128"]
+
+
+def test_no_allocator_settings_have_a_name() -> None:
+    assert variant_label({"precision": "fp32", "allocator": ""}) == "fp32 + no allocator settings"

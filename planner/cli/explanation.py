@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from planner.cli import wording
+from planner.cli.folding import Name
 from planner.cli.tables import plain_table
 from planner.cli.terminal import print_lines
 from planner.reports import KIND_NAMES, SUM_NAMES, why_explained
@@ -67,7 +68,9 @@ def _print_modules(console: Console, explanation: Mapping[str, Any]) -> None:
     shown = [row for row in rows if row["module"] is not None and 100 * row["bytes"] >= total]
     for row in shown:
         name = row["module"] or "outside any module"
-        table.add_row(name, str(row["num_modules"]), wording.gib(row["bytes"]), f"{100 * row['bytes'] / total:.0f}%")
+        table.add_row(
+            Name(name), str(row["num_modules"]), wording.gib(row["bytes"]), f"{100 * row['bytes'] / total:.0f}%"
+        )
     others = [row for row in rows if row not in shown]
     if others:
         count, held = sum(row["num_modules"] for row in others), sum(row["bytes"] for row in others)
@@ -85,7 +88,7 @@ def _print_largest(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
             key, _, of = row["tensor"].partition(" of ")
             name = f"{key} of {row['module']}.{of}" if row["module"] else row["tensor"]
         kind = KIND_NAMES[row["kind"]]
-        table.add_row(name, format_bytes(row["bytes"]), kind, row["operator"], row["made"])
+        table.add_row(Name(name), format_bytes(row["bytes"]), kind, Name(row["operator"]), row["made"])
     console.print(table)
 
 

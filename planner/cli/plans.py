@@ -77,13 +77,16 @@ def show(
 
 def _print_list(plans: list[dict[str, Any]]) -> None:
     from planner.cli import wording
-    from planner.cli.tables import plain_table
+    from planner.cli.folding import Name
+    from planner.cli.tables import NARROW, plain_table
 
     console = stdout_console()
-    table = plain_table(console, "plan", "model", "variant", "gpu", "capacity GiB", "answer", right=("capacity GiB",))
+    capacity = "capacity\nGiB" if console.width < NARROW else "capacity GiB"
+    table = plain_table(console, "plan", "model", "variant", "gpu", capacity, "answer", right=(capacity,))
+    table.columns[0].no_wrap = True  # to be copied
     for plan in plans:
         table.add_row(
-            plan.get("id") or "-", plan.get("model", "-"), variant_label(plan["variant"]), plan["gpu"],
+            plan.get("id") or "-", Name(plan.get("model", "-")), Name(variant_label(plan["variant"])), plan["gpu"],
             wording.gib(plan["capacity_bytes"]), wording.answer_line(plan),
         )  # fmt: skip
     console.print(table)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from planner.cli import wording
+from planner.cli.folding import Name
 from planner.cli.terminal import print_lines
 from planner.specs.variants import variant_label
 from planner.units import format_bytes
@@ -25,7 +26,10 @@ def plain_table(console: Console, *headers: str, right: Iterable[str] = ()) -> T
     gap = 1 if console.width < NARROW else 2
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for header in headers:
-        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
+        if header in right:
+            table.add_column(header, justify="right", overflow="fold")
+        else:
+            table.add_column(Name(header), overflow="fold")
     return table
 
 
@@ -43,7 +47,7 @@ def plans_table(console: Console, plans: Sequence[Mapping[str, Any]]) -> Table:
         if narrow:
             label = label.replace("checkpointing ", "checkpointing\n").replace(" + ", " +\n")
             words = words.replace(", ", "\n")
-        table.add_row(label, *_sizes(plan, one_size), *_figures(plan), words)
+        table.add_row(Name(label), *_sizes(plan, one_size), *_figures(plan), words)
     return table
 
 

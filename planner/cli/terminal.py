@@ -36,8 +36,11 @@ def note(line: str) -> None:
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
     """Sentences on ``console``, wrapped to its width, taken literally."""
+    from planner.cli.folding import hanging
+
     for line in lines:
-        console.print(line, markup=False, highlight=False)
+        for part in hanging(line, console.width):
+            console.print(part, markup=False, highlight=False)
 
 
 def stdout_console() -> Console:

@@ -138,7 +138,7 @@ def variant_label(variant: Mapping[str, Any]) -> str:
         parts.append("compiled")
     for axis, words in _WORDS.items():
         if variant.get(axis, _DEFAULT_VARIANT[axis]) != _DEFAULT_VARIANT[axis]:
-            parts.append(words.format(variant[axis]))
+            parts.append(words.format(variant[axis] or "no allocator settings"))
     if variant.get("parallelism", "single") != "single":
         parts.append(f"{variant['parallelism']} on {variant.get('gpus', 1)} GPUs")
     return " + ".join(parts)
