@@ -289,6 +289,12 @@ class Child:
         raise error
 
 
+def kill_all(children: dict[str, Child]) -> None:
+    """Kill every child of ``children`` and leave it empty."""
+    while children:
+        children.popitem()[1].kill()
+
+
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, even while a handler is busy (prctl(2))."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -20,6 +20,7 @@ from planner.processes import (
     ChildTimeout,
     InternalError,
     describe_exit,
+    kill_all,
 )
 
 MODULE = "tests.processes_child"
@@ -179,6 +180,14 @@ def test_killing_twice_and_leaving_no_process(child):
     assert gone(child.pid)
     with pytest.raises(ChildDied):
         child.request({"do": "double", "number": 1}, 20)
+
+
+def test_killing_all_leaves_none():
+    children = {"a": Child.start(MODULE), "b": Child.start(MODULE)}
+    pids = [each.pid for each in children.values()]
+    kill_all(children)
+    assert not children
+    assert all(gone(pid) for pid in pids)
 
 
 def test_the_child_outlives_the_thread_that_started_it():

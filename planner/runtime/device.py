@@ -16,7 +16,7 @@ from planner.environment import measured_environment
 from planner.errors import InvalidSpec, error_from_dict
 from planner.gpus import Gpu, default_capacity_bytes
 from planner.local_gpus import LocalGpu
-from planner.processes import Child, ChildError
+from planner.processes import Child, ChildError, kill_all
 from planner.runtime.card import Held, wait_until_idle
 from planner.specs.document import spec_document
 from planner.specs.model import Spec
@@ -65,7 +65,7 @@ class LocalDevice:
         self._preloaded: dict[str, Child] = {}  # by what was built; one at most
         self._is_opening = False
         self._held = Held()
-        weakref.finalize(self, _kill_all, self._preloaded)
+        weakref.finalize(self, kill_all, self._preloaded)
 
     @property
     def limit(self) -> Limit | None:
@@ -107,7 +107,7 @@ class LocalDevice:
 
     def close(self) -> None:
         """End the preloaded process; the next trial starts one again."""
-        _kill_all(self._preloaded)
+        kill_all(self._preloaded)
         self._held = Held()
 
     def wait_until_idle(self, uuids: Sequence[str]) -> None:
@@ -222,8 +222,3 @@ def _trial(batch_size: int, reply: dict[str, Any], started_at: datetime, duratio
         duration_s=duration_s,
         started_at=started_at,
     )
-
-
-def _kill_all(children: dict[str, Child]) -> None:
-    while children:
-        children.popitem()[1].kill()

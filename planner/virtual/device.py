@@ -16,7 +16,7 @@ from planner.devices import Limit
 from planner.environment import allocator_conf, predicted_environment
 from planner.errors import ModelError
 from planner.gpus import Gpu
-from planner.processes import Child, ChildDied, describe_exit
+from planner.processes import Child, ChildDied, describe_exit, kill_all
 from planner.specs.document import spec_document
 from planner.specs.model import Spec
 from planner.specs.variants import DEFAULT, Variant
@@ -44,7 +44,7 @@ class VirtualDevice:
         self._preloaded: dict[str, Child] = {}  # by spec hash, at most _MOST_PRELOADED, the one used last at the end
         self._opening: set[str] = set()
         self._lock = threading.RLock()  # a later variant may be predicted while an earlier one is explained
-        weakref.finalize(self, _kill_all, self._preloaded)
+        weakref.finalize(self, kill_all, self._preloaded)
 
     @property
     def limit(self) -> Limit | None:
@@ -83,7 +83,7 @@ class VirtualDevice:
 
     def close(self) -> None:
         """End the preloaded process; the next trial starts one again."""
-        _kill_all(self._preloaded)
+        kill_all(self._preloaded)
 
     def ask(self, spec: Spec, request: dict[str, Any]) -> dict[str, Any]:
         """The reply of the process that has built the model of ``spec``. Raises what building or tracing it raises."""
@@ -193,8 +193,3 @@ class VirtualRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """The preloaded process serves the next variant too."""
-
-
-def _kill_all(children: dict[str, Child]) -> None:
-    while children:
-        children.popitem()[1].kill()
