@@ -12,7 +12,7 @@ from typing import Any
 
 from planner.endurance import leak_of, needs_comparison, thrashing
 from planner.throughput import MAX_TIMED, Accumulation, fastest, knee, next_to_time, speeds
-from planner.trials import Outcome, Plan, Source, Trial
+from planner.trials import Outcome, Plan, Trial
 
 Run = Callable[[int, bool, int], Trial]
 """Runs one trial: of its batch size, whether in a fresh process, and how many trials may still come, it included."""
@@ -132,7 +132,7 @@ def without_thrashing(run: Run, trials: Sequence[Trial], largest: Trial, multipl
         "batch_size": low.batch_size,
         "first_thrashing_batch_size": high,
         "step_time_s": low.step_time_s,
-        "samples_per_second": _rate(low) or None,
+        "samples_per_second": low.samples_per_second,
         "fresh_process": low.fresh_process,
         "source": str(low.source),
     }
@@ -166,9 +166,10 @@ def accumulate(run: RunWay, ways: Iterable[Accumulation], *, is_measured: bool) 
         trial = run(way, MAX_ACCUMULATIONS - len(found))
         if not trial.fits:
             continue
-        best = max((_rate(other) for _, other in found), default=0.0)
+        best = max((other.samples_per_second or 0.0 for _, other in found), default=0.0)
         found.append((way, trial))
-        if not is_measured or len(found) == MAX_ACCUMULATIONS or _rate(trial) < _CLEARLY_SLOWER * best:
+        is_slower = (trial.samples_per_second or 0.0) < _CLEARLY_SLOWER * best
+        if not is_measured or len(found) == MAX_ACCUMULATIONS or is_slower:
             break
     return found
 
@@ -178,28 +179,21 @@ def accumulation_details(global_batch_size: int, found: Sequence[tuple[Accumulat
     with the largest micro-batch; ``micro_batch_size`` is ``None`` where no way fits."""
     if not found:
         return {"global_batch_size": global_batch_size, "micro_batch_size": None}
-    way, trial = max(found, key=lambda pair: (_rate(pair[1]), pair[0].micro_batch_size))
+    way, trial = max(found, key=lambda pair: (pair[1].samples_per_second or 0.0, pair[0].micro_batch_size))
     return {
         "global_batch_size": global_batch_size,
         "micro_batch_size": way.micro_batch_size,
         "accumulation_steps": way.accumulation_steps,
         "gpus": way.gpus,
-        "samples_per_second": _rate(trial) or None,
+        "samples_per_second": trial.samples_per_second,
         "timed_accumulation_steps": trial.samples_per_step // (trial.batch_size * way.gpus),
         "source": str(trial.source),
         "candidates": [
             {
                 "micro_batch_size": each.micro_batch_size,
                 "accumulation_steps": each.accumulation_steps,
-                "samples_per_second": _rate(ran) or None,
+                "samples_per_second": ran.samples_per_second,
             }
             for each, ran in found
         ],
     }
-
-
-def _rate(trial: Trial) -> float:
-    """Samples per second as measured; 0 where no speed was."""
-    if trial.source is not Source.MEASURED or not trial.step_time_s:
-        return 0.0
-    return trial.samples_per_step / trial.step_time_s

@@ -40,13 +40,10 @@ def speeds(trials: Iterable[Trial]) -> list[Speed]:
     """The best of each batch size that fits and was measured, by ascending size."""
     best: dict[int, Speed] = {}
     for trial in trials:
-        if not trial.fits or trial.source is not Source.MEASURED or not trial.step_time_s:
+        step_time_s, rate = trial.step_time_s, trial.samples_per_second
+        if not trial.fits or step_time_s is None or rate is None:
             continue
-        speed = Speed(
-            batch_size=trial.batch_size,
-            step_time_s=trial.step_time_s,
-            samples_per_second=trial.samples_per_step / trial.step_time_s,
-        )
+        speed = Speed(batch_size=trial.batch_size, step_time_s=step_time_s, samples_per_second=rate)
         before = best.get(trial.batch_size)
         if before is None or speed.samples_per_second > before.samples_per_second:
             best[trial.batch_size] = speed

@@ -111,6 +111,13 @@ class Trial:
     def seconds_per_sample(self) -> float | None:
         return self.step_time_s / self.samples_per_step if self.step_time_s else None
 
+    @property
+    def samples_per_second(self) -> float | None:
+        """As measured; ``None`` where no speed was."""
+        if self.source is not Source.MEASURED or not self.step_time_s:
+            return None
+        return self.samples_per_step / self.step_time_s
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:

@@ -1,5 +1,7 @@
 """The fastest size, the knee, and how a global batch size is reached."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +35,8 @@ def test_speeds_are_those_of_what_ran_and_was_measured():
 def test_a_step_of_several_micro_batches_counts_all_their_samples():
     trial = make_trial(8, step_times_s=(1.0, 0.5), details={"samples_per_step": 32})
     assert speeds([trial])[0].samples_per_second == 64
-    assert trial.seconds_per_sample == 0.5 / 32
+    assert (trial.seconds_per_sample, trial.samples_per_second) == (0.5 / 32, 64)
+    assert replace(trial, source=Source.PREDICTED).samples_per_second is None
 
 
 def test_the_knee_is_the_smallest_size_that_is_nearly_as_fast():
