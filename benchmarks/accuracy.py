@@ -138,17 +138,19 @@ def evaluate(case: dict[str, Any]) -> dict[str, Any]:
 
 def _largest(family: Any, limit: int, start: int) -> int:
     """The largest batch size that the replay says fits, looked for around ``start``."""
-    from planner.allocator import AllocatorConfig, replay
-
-    def fits(size: int) -> bool:
-        return replay(family.scaled(size).events, AllocatorConfig(), limit, device_total_bytes=TOTAL_BYTES).fits
-
     size = max(1, start)
-    while size and not fits(size):
+    while size and not fits(family, size, limit):
         size -= 1
-    while size and fits(size + 1):
+    while size and fits(family, size + 1, limit):
         size += 1
     return size
+
+
+def fits(family: Any, size: int, limit: int) -> bool:
+    """Whether the replay of a batch size of ``family`` fits into ``limit`` bytes on an H200."""
+    from planner.allocator import AllocatorConfig, replay
+
+    return replay(family.scaled(size).events, AllocatorConfig(), limit, device_total_bytes=TOTAL_BYTES).fits
 
 
 def _worker(case: dict[str, Any], pipe: Any) -> None:

@@ -16,24 +16,23 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "examples")]
 
+from benchmarks.accuracy import TORCH_MEASURED, TOTAL_BYTES, fits
 from planner.specs.document import load_spec
 from planner.specs.variants import Variant
-
-TOTAL_BYTES = 150_109_880_320
-TORCH_MEASURED = (2, 11)
 
 
 def predict(path: Path, variant: Variant, limit: int) -> dict[str, Any]:
     """One variant, in this process, which is good for nothing else after it."""
     import torch
 
-    from planner.allocator import AllocatorConfig, replay
+    from planner.allocator import AllocatorConfig
     from planner.virtual.architecture import Architecture
     from planner.virtual.prediction import predict_trial
     from planner.virtual.scaling import TraceFamily
@@ -56,10 +55,7 @@ def predict(path: Path, variant: Variant, limit: int) -> dict[str, Any]:
             compute_capability=(9, 0),
         )
 
-    def fits(size: int) -> bool:
-        return replay(family.scaled(size).events, AllocatorConfig(), limit, device_total_bytes=TOTAL_BYTES).fits
-
-    largest = _largest(fits)
+    largest = _largest(lambda size: fits(family, size, limit))
     points = []
     for size in sorted({1, 4, max(1, largest * 3 // 10), max(1, largest * 7 // 10), max(1, largest)}):
         found = trial(size, TOTAL_BYTES)
@@ -75,14 +71,14 @@ def predict(path: Path, variant: Variant, limit: int) -> dict[str, Any]:
     return {"max": largest, "points": points, "seconds": time.perf_counter() - start}
 
 
-def _largest(fits: Any) -> int:
+def _largest(runs: Callable[[int], bool]) -> int:
     """By doubling and bisection."""
     low, high = 0, 1
-    while fits(high):
+    while runs(high):
         low, high = high, high * 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if runs(middle) else (low, middle)
     return low
 
 
