@@ -16,10 +16,11 @@ from planner.errors import (
 )
 from planner.planning import plan_sweep
 from planner.progress import SweepFinished, SweepStarted, TrialFinished, TrialStarted, VariantFinished, VariantStarted
-from planner.reports import plan_dict, summary
+from planner.reports import plan_dict
 from planner.specs.model import SearchSpec
 from planner.specs.variants import Checkpointing, Precision
 from planner.store import PlanFilter, Store
+from planner.summaries import summary
 from planner.trials import Outcome, PlanStatus, Source
 from planner.units import GIB
 from tests.planning_fakes import (

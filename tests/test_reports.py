@@ -14,8 +14,9 @@ from planner_api.views import plan_row
 from planner.cli.wording import sizes_line
 from planner.errors import ModelError
 from planner.gpus import default_capacity_bytes, find_gpu, list_gpus
-from planner.reports import ANSWERS, gpu_dict, plan_dict, summary, trial_dict, verdict_dict
+from planner.reports import ANSWERS, gpu_dict, plan_dict, trial_dict, verdict_dict
 from planner.specs.variants import OptimizerImplementation
+from planner.summaries import summary
 from planner.trials import Interval, Outcome, Peaks, Plan, PlanStatus, Source
 from planner.units import GIB
 from planner.verdicts import VariantVerdict, Verdict, VerdictKind

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from planner.reports import KIND_NAMES, SUM_NAMES, why_explained
+from planner.reports import KIND_NAMES, SUM_NAMES
+from planner.summaries import why_explained
 
 WIDTH: Final = 1000
 HEIGHT: Final = 240
@@ -44,7 +45,7 @@ class Step:
 class MemoryView:
     batch_size: int
     unfit: str | None
-    """Why it is explained though it does not fit (``planner.reports.why_explained``)."""
+    """Why it is explained though it does not fit (``planner.summaries.why_explained``)."""
     parts: tuple[Part, ...]
     kinds: tuple[KindRow, ...]
     when_allocated: str

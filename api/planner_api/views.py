@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from planner.reports import FIT_WORDS, further_answers
+from planner.summaries import FIT_WORDS, further_answers
 from planner.trials import Plan, PlanStatus, Source
 from planner.units import GIB, format_bytes
 

@@ -9,8 +9,9 @@ from typing import Any, Self
 
 from planner.client import ServiceEvent
 from planner.jobs import Job, JobKind, JobRequest, JobState
-from planner.reports import plan_dict, summary
+from planner.reports import plan_dict
 from planner.store import PlanFilter, Store
+from planner.summaries import summary
 
 _POLL_S = 0.2
 

@@ -11,8 +11,9 @@ from planner.cli import wording
 from planner.cli.folding import Name
 from planner.cli.tables import plain_table
 from planner.cli.terminal import print_lines
-from planner.reports import KIND_NAMES, SUM_NAMES, why_explained
+from planner.reports import KIND_NAMES, SUM_NAMES
 from planner.specs.variants import variant_label
+from planner.summaries import why_explained
 from planner.units import format_bytes
 
 CHART_ROWS = 8

@@ -110,7 +110,8 @@ def _answer(
 def _plan_here(parts: Parts, question: Question, store_url: str | None) -> int:
     from planner.cli.live import open_display
     from planner.cli.progress import SweepProgress
-    from planner.reports import plan_dict, summary
+    from planner.reports import plan_dict
+    from planner.summaries import summary
 
     spec = parts.load_spec(question.spec)
     selected = parts.choose_device(

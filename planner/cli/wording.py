@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from planner.reports import FIT_WORDS, KIND_NAMES, why_explained
+from planner.reports import KIND_NAMES
+from planner.summaries import FIT_WORDS, why_explained
 from planner.trials import Outcome, Source, Trial
 from planner.units import GIB, format_bytes
 

@@ -9,8 +9,9 @@ from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
 from planner.jobs import Job, JobKind, JobRequest, JobState
-from planner.reports import plan_dict, summary
+from planner.reports import plan_dict
 from planner.store import Store
+from planner.summaries import summary
 from planner.targets import check_targets
 from planner_api.documents import JobQuestion, read_question
 from planner_api.events import event_stream
