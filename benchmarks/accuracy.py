@@ -79,6 +79,7 @@ def evaluate(case: dict[str, Any]) -> dict[str, Any]:
     from planner.virtual.architecture import Architecture
     from planner.virtual.prediction import predict_trial
     from planner.virtual.scaling import TraceFamily
+    from planner.virtual.trace import Trace
     from planner.virtual.tracing import trace_steps
 
     torch.set_num_threads(1)
@@ -87,7 +88,13 @@ def evaluate(case: dict[str, Any]) -> dict[str, Any]:
         precision=Precision(case["precision"]), checkpointing=Checkpointing(case["checkpointing"]), compile=Compile.OFF
     )
     architecture = Architecture(compute_capability=(9, 0), num_sms=132, torch_version=TORCH_MEASURED)
-    family = TraceFamily(lambda size: trace_steps(spec, variant, size, architecture))
+
+    def trace(size: int) -> Trace:
+        found = trace_steps(spec, variant, size, architecture)
+        found.successors = None  # three steps were measured, and no more
+        return found
+
+    family = TraceFamily(trace)
     start = time.perf_counter()
 
     def needed_bytes(size: int, limit: int) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """What training steps after the third do to memory, at the largest batch sizes under 16 GiB and one sample above.
 
     python benchmarks/later_steps.py [--out FILE] [--seconds 150]
+    python benchmarks/later_steps.py --compare [CASE...]              # anywhere, with what was measured
 
 Eight steps of each case in a fresh process; per step: seconds, peak and held bytes, segments taken from the driver,
-retries. It is what ``planner.endurance.wants_another_step`` rests on. Run from the repository's root; needs one idle
-GPU, transformers, timm and torchvision.
+retries. It is what ``planner.endurance.wants_another_step`` rests on. ``--compare``
+replays each case for as many steps as that rule asks for. Run from the repository's root; needs transformers, timm and
+torchvision, and one idle GPU to measure.
 """
 
 from __future__ import annotations
@@ -22,15 +24,19 @@ sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "examples")]
 
 import torch
 
+from planner.endurance import wants_another_step
 from planner.forks import Fork
 from planner.local_gpus import local_gpus
 from planner.runtime.context import memory_fraction
 from planner.specs.document import parse_spec
 from planner.specs.files import read_document
 from planner.specs.model import Spec
+from planner.specs.variants import Variant
 from planner.training import Training, build_model
 from planner.units import GIB
 
+FILE = Path("measurements/h200/later_steps.json")
+TOTAL_BYTES = 150_109_880_320
 CAPACITY_BYTES = 16 * GIB
 NUM_STEPS = 8
 CASES = (
@@ -55,9 +61,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     parser.add_argument("--seconds", type=float, default=150.0, help="start nothing after so many")
+    parser.add_argument("--compare", nargs="*", metavar="CASE", help="predict what was measured")
     arguments = parser.parse_args()
-    (gpu, *_) = local_gpus()
     torch.set_num_threads(1)
+    if arguments.compare is not None:
+        compare(arguments.compare)
+        return
+    (gpu, *_) = local_gpus()
     deadline, cases = time.monotonic() + arguments.seconds, []
     for path, precision, checkpointing, largest in CASES:
         if time.monotonic() > deadline:
@@ -112,6 +122,46 @@ def steps(spec: Spec, model: torch.nn.Module, size: int) -> dict[str, Any]:
     except torch.OutOfMemoryError:
         return {"oom_in_step": len(seen) + 1, "steps": seen}
     return {"oom_in_step": None, "steps": seen}
+
+
+def compare(names: list[str]) -> None:
+    """Measured and predicted: in which step memory runs out, or after how many nothing more is taken."""
+    measured = json.loads(FILE.read_text())["cases"]
+    for path, precision, checkpointing, _ in CASES:
+        rows = [case for case in measured if (case["case"], *case["variant"].values())
+                == (Path(path).stem, precision, checkpointing)]  # fmt: skip
+        if names and Path(path).stem not in names:
+            continue
+        variant = {"precision": precision, "checkpointing": checkpointing}
+        fork = Fork.start(lambda request: predicted(request["path"], request["variant"], request["sizes"]))
+        found = fork.ask({"path": path, "variant": variant, "sizes": [row["batch_size"] for row in rows]}, 600)
+        fork.end()
+        for row, said in zip(rows, (found or {"rows": []})["rows"], strict=True):
+            steps = row["steps"]
+            counts = [[step[key] for step in steps] for key in ("allocated_bytes", "segments_taken")]
+            ends = (n for n in range(2, len(steps) + 1) if not wants_another_step(*(count[:n] for count in counts)))
+            ended = f"out of memory in step {row['oom_in_step']}" if row["oom_in_step"] else f"{next(ends)} steps"
+            head = f"{row['case']:22} {precision:8} {checkpointing:5} {row['batch_size']:4}"
+            print(f"{head} measured: {ended}; predicted: {said}", flush=True)
+
+
+def predicted(path: str, variant: dict[str, str], sizes: list[int]) -> dict[str, Any]:
+    from planner.allocator import AllocatorConfig, replay
+    from planner.virtual.architecture import Architecture
+    from planner.virtual.scaling import TraceFamily
+    from planner.virtual.tracing import trace_steps
+
+    spec = parse_spec({**read_document(Path(path)), "variants": {name: [value] for name, value in variant.items()}})
+    architecture = Architecture(compute_capability=(9, 0), num_sms=132, torch_version=(2, 11))
+    family = TraceFamily(lambda size: trace_steps(spec, Variant.from_dict(variant), size, architecture))
+    rows = []
+    for size in sizes:
+        events = family.scaled(size).events
+        result = replay(
+            events, AllocatorConfig(), CAPACITY_BYTES, device_total_bytes=TOTAL_BYTES, goes_on=wants_another_step
+        )
+        rows.append(f"{result.num_steps} steps" if result.fits else f"out of memory in step {result.num_steps + 1}")
+    return {"rows": rows}
 
 
 def tell(case: dict[str, Any]) -> tuple[Any, ...]:

@@ -36,13 +36,20 @@ def predict(path: Path, variant: Variant, limit: int) -> dict[str, Any]:
     from planner.virtual.architecture import Architecture
     from planner.virtual.prediction import predict_trial
     from planner.virtual.scaling import TraceFamily
+    from planner.virtual.trace import Trace
     from planner.virtual.tracing import trace_steps
 
     torch.set_num_threads(1)
     spec = load_spec(path)
     architecture = Architecture(compute_capability=(9, 0), num_sms=132, torch_version=TORCH_MEASURED)
     start = time.perf_counter()
-    family = TraceFamily(lambda size: trace_steps(spec, variant, size, architecture))
+
+    def trace(size: int) -> Trace:
+        found = trace_steps(spec, variant, size, architecture)
+        found.successors = None  # three steps were measured, and no more
+        return found
+
+    family = TraceFamily(trace)
 
     def trial(size: int, capacity: int) -> dict[str, Any]:
         return predict_trial(

@@ -173,6 +173,7 @@ def _write(out: Path, results: list[dict[str, Any]]) -> None:
 def _predict(job: tuple[str, dict[str, str], tuple[int, ...]]) -> list[dict[str, Any]]:
     """Of one variant at each size: allocated and reserved bytes, or why not. In a process of its own."""
     from planner.allocator import AllocatorConfig, parse_conf, replay
+    from planner.endurance import wants_another_step
     from planner.specs.variants import DEFAULT
     from planner.virtual.architecture import Architecture
     from planner.virtual.scaling import TraceFamily
@@ -191,7 +192,7 @@ def _predict(job: tuple[str, dict[str, str], tuple[int, ...]]) -> list[dict[str,
         except PlannerError as error:
             found.append({"error": str(error)})
             continue
-        result = replay(events, config, None, device_total_bytes=TOTAL_BYTES)
+        result = replay(events, config, None, device_total_bytes=TOTAL_BYTES, goes_on=wants_another_step)
         found.append({"alloc": result.peak_allocated_bytes, "reserved": result.peak_reserved_bytes})
     return found
 

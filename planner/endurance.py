@@ -25,7 +25,7 @@ MOST_STEPS = 8
 LONG_STEP_S = 1.0
 """A step that lasts so long is timed once."""
 PREDICTED_GROWING_STEPS = 2
-"""The same on the virtual GPU, which takes three steps and where no scaler skips one."""
+"""The same on the virtual GPU, which traces three steps and where no scaler skips one."""
 MAX_STEPS = 1_000_000
 """A leak that lasts longer than this harms no training run."""
 SLOWER = 1.1

@@ -6,8 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from planner.virtual.steady import repeat_last_step
+from planner.allocator import AllocatorConfig, replay
+from planner.endurance import wants_another_step
+from planner.units import GIB, MIB
+from planner.virtual.scaling import Scaled, events_of
+from planner.virtual.steady import repeat_last_step, successors_of_last_step, until_steady
 from planner.virtual.trace import Formula, Trace
 from tests.virtual_child import Process
 
@@ -53,6 +59,62 @@ def test_a_step_that_leaves_something_else_is_not_copied() -> None:
     events = list(trace.events)
     assert not repeat_last_step(trace)
     assert trace.events == events
+
+
+def _steps(num_steps: int, tensors: list[tuple[int, int]]) -> Trace:
+    """Steps of tensors, each of a size and a lifetime in allocations; one that outlives its step dies in the next."""
+    trace = Trace()
+    deaths: dict[int, list[int]] = {}
+    for step in range(num_steps):
+        trace.mark(f"step {step + 1}")
+        for number, (size, lifetime) in enumerate(tensors):
+            now = step * len(tensors) + number
+            deaths.setdefault(now + min(lifetime, len(tensors) - 1), []).append(trace.allocate(size, f"{number}"))
+            for block in deaths.get(now, ()):
+                trace.free(block)
+    return trace
+
+
+SIZES = st.integers(1, 60).map(lambda number: number * MIB)
+TENSORS = st.lists(st.tuples(SIZES, st.integers(0, 12)), min_size=1, max_size=12)
+
+
+@given(TENSORS, st.integers(3, 6), st.one_of(st.none(), st.integers(60, 400)))
+def test_a_replay_that_goes_on_does_what_a_trace_of_more_steps_does(
+    tensors: list[tuple[int, int]], num_steps: int, capacity_mib: int | None
+) -> None:
+    trace = _steps(2, tensors)
+    trace.successors = successors_of_last_step(trace)
+    assert trace.successors is not None
+    capacity = None if capacity_mib is None else capacity_mib * MIB
+    cycled = replay(
+        events_of(trace, trace.sizes),
+        capacity_bytes=capacity,
+        goes_on=lambda allocated, taken: len(allocated) == len(taken) < num_steps,
+    )
+    while len(trace.steps) < num_steps:
+        assert repeat_last_step(trace)
+    unrolled = replay(events_of(trace, trace.sizes), capacity_bytes=capacity)
+    for name in ("peak_allocated_bytes", "peak_reserved_bytes", "num_alloc_retries", "fits", "num_steps"):
+        assert getattr(cycled, name) == getattr(unrolled, name)
+
+
+def test_a_size_that_fits_for_three_steps_and_not_for_six_does_not_fit() -> None:
+    """A trial on a GPU would take the others too: in each the driver gives more."""
+    tensors = [(44, 3), (53, 0), (22, 4), (40, 3), (39, 4), (31, 1)]
+    trace = _steps(3, [(size * MIB, lifetime) for size, lifetime in tensors])
+    trace.successors = successors_of_last_step(trace)
+    scaled = Scaled(events_of(trace, trace.sizes), trace, True, ())
+    three = replay(scaled.events, capacity_bytes=226 * MIB)
+    assert (three.fits, three.peak_reserved_bytes, three.num_steps) == (True, 226 * MIB, 3)
+    limited = replay(scaled.events, capacity_bytes=226 * MIB, goes_on=wants_another_step)
+    assert (limited.fits, limited.num_steps) == (False, 5)
+    free = replay(scaled.events, goes_on=wants_another_step)
+    assert free.peak_reserved_bytes == 280 * MIB
+    steady, fits = until_steady(scaled, AllocatorConfig(), 226 * MIB, GIB)
+    assert not fits
+    assert len(steady.events.steps) == free.num_steps > 3
+    assert replay(steady.events).peak_reserved_bytes == 280 * MIB
 
 
 TOKENS = {"kind": "tokens", "sequence_length": 12}

@@ -89,6 +89,8 @@ class Driver:
         self.device_bytes = device_bytes
         self.reserved_bytes = 0
         self.peak_reserved_bytes = 0
+        self.taken_bytes = 0
+        """All that was handed out so far, whatever came back."""
         self.calls: list[tuple[str, int, int]] | None = [] if log else None
         """Where kept: ``(action, address, bytes)`` of each call, by the action names of PyTorch's memory history."""
 
@@ -120,6 +122,7 @@ class Driver:
 
     def _took(self, action: str, address: int, size: int) -> None:
         self.reserved_bytes += size
+        self.taken_bytes += size
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         if self.calls is not None:
             self.calls.append((action, address, size))

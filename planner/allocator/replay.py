@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from planner.allocator.caching import CachingAllocator, OutOfMemory
 from planner.allocator.config import AllocatorConfig
@@ -41,6 +42,11 @@ class Events:
     """Stream of each block; ``None``: all on the default stream, 0."""
     plans: Mapping[int, Plans] = field(default_factory=dict)
     """Of the blocks that are workspaces of cuDNN's convolutions."""
+    steps: Sequence[tuple[int, int]] = ()
+    """Of each training step: its first event, and the one after its last. The last step ends with the events."""
+    successors: Mapping[int, int] | None = None
+    """Where the last step can be taken again as it is: the blocks of earlier steps that it frees, and which of its own
+    it leaves in the place of each."""
 
     def __len__(self) -> int:
         return len(self.order)
@@ -75,6 +81,8 @@ class ReplayResult:
     peak_reserved_bytes: int
     num_alloc_retries: int
     oom: OomEvent | None
+    num_steps: int
+    """Training steps that ended."""
     peak_allocated_index: int
     """Event after which the peak of allocated bytes was first reached; -1 where nothing was allocated."""
     allocated_timeline: Sequence[int] | None = None
@@ -117,6 +125,11 @@ class Workspaces:
         return 0
 
 
+GoesOn = Callable[[Sequence[int], Sequence[int]], bool]
+"""Whether another step is to be taken, by what each step so far left allocated and what the driver had handed out by
+then, in bytes: ``planner.endurance.wants_another_step``, which decides it for trials on a GPU too."""
+
+
 def replay(
     events: Events,
     config: AllocatorConfig | None = None,
@@ -125,9 +138,13 @@ def replay(
     device_bytes: int | None = None,
     device_total_bytes: int | None = None,
     addresses: AddressSpace | None = None,
+    goes_on: GoesOn | None = None,
     timeline: bool = False,
 ) -> ReplayResult:
-    """Replay ``events`` in a fresh allocator (parameters as of ``CachingAllocator``), up to an OOM if there is one."""
+    """Replay ``events`` in a fresh allocator (parameters as of ``CachingAllocator``), up to an OOM if there is one.
+
+    Where the last step can be taken again, it is as long as ``goes_on`` says so; ``None``: never.
+    """
     allocator = CachingAllocator(
         config,
         capacity_bytes,
@@ -142,22 +159,41 @@ def replay(
     peak, peak_index = 0, -1
     oom: OomEvent | None = None
     index = -1
+    allocated_after_step: list[int] = []
+    taken_after_step: list[int] = []
+
+    def spans() -> Iterator[tuple[int, int]]:
+        for start, end in pairwise((0, *(end for _, end in events.steps))):
+            yield start, end
+            allocated_after_step.append(allocator.allocated_bytes)
+            taken_after_step.append(allocator.driver.taken_bytes)
+        if not events.steps:
+            yield 0, len(events)
+        elif events.successors is not None and goes_on is not None:
+            while goes_on(allocated_after_step, taken_after_step):
+                for block, successor in events.successors.items():
+                    where[block] = where[successor]
+                yield events.steps[-1]
+                allocated_after_step.append(allocator.allocated_bytes)
+                taken_after_step.append(allocator.driver.taken_bytes)
+
     try:
-        for index, event in enumerate(events.order):
-            if event >= 0:
-                size = sizes[event]
-                if size:
-                    if plans and event in plans:
-                        where[event] = workspaces.allocate(event, malloc)
-                    else:
-                        where[event] = malloc(size) if streams is None else malloc(size, streams[event])
-                    if allocator.allocated_bytes > peak:
-                        peak, peak_index = allocator.allocated_bytes, index
-            elif where[~event]:
-                free(where[~event])
-            if timeline:
-                allocated_timeline.append(allocator.allocated_bytes)
-                reserved_timeline.append(allocator.reserved_bytes)
+        for start, end in spans():
+            for index, event in enumerate(events.order[start:end], start):
+                if event >= 0:
+                    size = sizes[event]
+                    if size:
+                        if plans and event in plans:
+                            where[event] = workspaces.allocate(event, malloc)
+                        else:
+                            where[event] = malloc(size) if streams is None else malloc(size, streams[event])
+                        if allocator.allocated_bytes > peak:
+                            peak, peak_index = allocator.allocated_bytes, index
+                elif where[~event]:
+                    free(where[~event])
+                if timeline:
+                    allocated_timeline.append(allocator.allocated_bytes)
+                    reserved_timeline.append(allocator.reserved_bytes)
     except OutOfMemory as error:
         oom = OomEvent(index, events.order[index], error)
     return ReplayResult(
@@ -165,6 +201,7 @@ def replay(
         peak_reserved_bytes=allocator.peak_reserved_bytes,
         num_alloc_retries=allocator.num_alloc_retries,
         oom=oom,
+        num_steps=len(allocated_after_step),
         peak_allocated_index=peak_index,
         allocated_timeline=allocated_timeline if timeline else None,
         reserved_timeline=reserved_timeline if timeline else None,

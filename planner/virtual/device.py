@@ -173,6 +173,7 @@ class VirtualRunner:
             details={
                 "samples_per_step": batch_size * self._spec.train.accumulation_steps * self._variant.gpus,
                 **({"needed_bytes": needed["bytes"]} if needed else {}),
+                "num_steps": reply["num_steps"],
                 "allocated_after_step_bytes": reply.get("allocated_after_step_bytes", []),
                 "traced": reply["traced"],
                 "traced_batch_sizes": reply["traced_batch_sizes"],

@@ -17,6 +17,7 @@ from typing import Any
 
 from planner.allocator import AllocatorConfig, Moment, moments, replay
 from planner.virtual.scaling import Scaled
+from planner.virtual.steady import until_steady
 from planner.virtual.trace import Phase, Purpose, Trace
 
 NUM_LARGEST = 10
@@ -133,12 +134,9 @@ def explain(
     ``outside_bytes`` is what the device holds outside the allocator: the CUDA context and libraries.
     """
     settings: dict[str, Any] = {"config": config, "device_total_bytes": device_total_bytes}
-    limit: int | None = capacity_bytes
+    scaled, fits = until_steady(scaled, capacity_bytes=capacity_bytes, **settings)
+    limit = capacity_bytes if fits else None
     result = replay(scaled.events, capacity_bytes=limit, timeline=True, **settings)
-    fits = result.fits
-    if not fits:
-        limit = None
-        result = replay(scaled.events, capacity_bytes=limit, timeline=True, **settings)
     allocated, reserved = result.allocated_timeline, result.reserved_timeline
     assert allocated is not None
     assert reserved is not None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from planner.allocator import AllocatorConfig, replay
 from planner.allocator.config import MIN_BLOCK_BYTES
 from planner.allocator.driver import AddressSpace, ScatteredAddresses
+from planner.endurance import wants_another_step
 from planner.units import MIB, format_bytes
 from planner.virtual.scaling import Scaled, TraceFamily
 
@@ -48,7 +48,8 @@ def predict_trial(
     device_total_bytes: int,
     compute_capability: tuple[int, int],
 ) -> dict[str, Any]:
-    """The outcome and peaks of ``batch_size`` under ``capacity_bytes``, as JSON data.
+    """The outcome and peaks of ``batch_size`` under ``capacity_bytes``, as JSON data: of as many steps as a trial on a
+    GPU would take.
 
     A ``fresh`` trial is one to rely on: its events are checked (``TraceFamily.checked``), and it says what is
     ``needed``, the smallest capacity under which the step runs, between its peak of allocated bytes and what it would
@@ -62,7 +63,9 @@ def predict_trial(
     def run(capacity: int | None) -> Any:
         nonlocal replayed
         replayed += 1
-        return replay(scaled.events, config, capacity, device_total_bytes=device_total_bytes)
+        return replay(
+            scaled.events, config, capacity, device_total_bytes=device_total_bytes, goes_on=wants_another_step
+        )
 
     limited = run(capacity_bytes)
     # A limit that was never met changes nothing, unless the garbage collector goes by it.
@@ -75,6 +78,7 @@ def predict_trial(
         "peak_allocated_bytes": peaks.peak_allocated_bytes,
         "peak_reserved_bytes": peaks.peak_reserved_bytes,
         "num_alloc_retries": limited.num_alloc_retries,
+        "num_steps": peaks.num_steps,
         "needed": None,
         "traced": scaled.exact,
         "traced_batch_sizes": list(family.traced_sizes),
@@ -100,9 +104,8 @@ def predict_trial(
 
 
 def allocated_after_steps(scaled: Scaled) -> list[int]:
-    """Allocated bytes at the end of each training step, each block rounded up as the allocator does."""
-    marks = [*scaled.trace.marks, (len(scaled.events), "end")]
-    ends = {after for (_, name), (after, _) in pairwise(marks) if name.startswith("step")}
+    """Allocated bytes at the end of each traced step, each block rounded up as the allocator does."""
+    ends = {end for _, end in scaled.events.steps}
     found, live = [], 0
     for index, event in enumerate(scaled.events.order, start=1):
         size = -(-scaled.events.sizes[event if event >= 0 else ~event] // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES

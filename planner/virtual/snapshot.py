@@ -6,10 +6,11 @@ import functools
 import pickle
 from typing import Any
 
-from planner.allocator import AllocatorConfig, memory_snapshot, replay
+from planner.allocator import AllocatorConfig, memory_snapshot
 from planner.allocator.export import Frame
 from planner.virtual.explanation import Lifetimes
 from planner.virtual.scaling import Scaled
+from planner.virtual.steady import until_steady
 
 _PROTOCOL = 4
 """Of pickle: the viewer reads 2 to 4 (``unpickle`` in torch/utils/viz/MemoryViz.js)."""
@@ -24,7 +25,7 @@ def snapshot_file(
     tensor's name where it has one, the modules from the inside out, and the phase; its category is its kind.
     """
     settings: dict[str, Any] = {"config": config, "device_total_bytes": device_total_bytes}
-    fits = replay(scaled.events, capacity_bytes=capacity_bytes, **settings).fits
+    scaled, fits = until_steady(scaled, capacity_bytes=capacity_bytes, **settings)
     lifetimes = Lifetimes(scaled.trace)
     trace = scaled.trace
 

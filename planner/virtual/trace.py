@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import pairwise
 
 
 class Purpose(IntEnum):
@@ -101,6 +102,8 @@ class Trace:
     """``(index into events, name)``: where a phase begins."""
     doubts: list[Doubt] = field(default_factory=list)
     """Where what a kernel allocates is not known exactly, in the order of the calls."""
+    successors: dict[int, int] | None = None
+    """Of the last step, as ``planner.allocator.Events`` has them."""
     notes: list[str] = field(default_factory=list)
     """What was assumed, in sentences that the user must see."""
     owners: list[tuple[str, str]] = field(default_factory=lambda: [("", "")])
@@ -136,6 +139,12 @@ class Trace:
 
     def free(self, block: int) -> None:
         self.events.append(~block)
+
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        """Of each training step: the index of its first event and of the one after its last."""
+        marks = [*self.marks, (len(self.events), "end")]
+        return [(start, end) for (start, name), (end, _) in pairwise(marks) if name.startswith("step")]
 
     def note(self, sentence: str) -> None:
         if sentence not in self.notes:

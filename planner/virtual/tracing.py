@@ -20,7 +20,7 @@ from planner.virtual.architecture import Architecture
 from planner.virtual.indices import IndexOutOfRange
 from planner.virtual.kernels import Kernels
 from planner.virtual.recorder import Recorder
-from planner.virtual.steady import repeat_last_step
+from planner.virtual.steady import repeat_last_step, successors_of_last_step
 from planner.virtual.trace import Purpose, Trace
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def trace_steps(
     all without storage.
 
     From the third step on, a step that goes as the one before it is copied instead of run (``planner.virtual.steady``);
-    a step of the user's own is always run, since it may count.
+    a step of the user's own is always run, since it may count. Where a further step would go so too, the trace says how
+    (``Trace.successors``).
 
     Raises ``InvalidSpec`` for a compiled variant: what the compiler fuses and recomputes is not known here; and for
     tokens or classes that the model has no positions or outputs for.
@@ -104,6 +105,8 @@ def trace_steps(
                     if not copies or spec.train.step or not repeat_last_step(recorder.trace):
                         recorder.trace.mark(phase.name)
                         training.run(phase, batch_size)
+                if not spec.train.step:
+                    recorder.trace.successors = successors_of_last_step(recorder.trace)
                 for sentence in training.report().get("notes", ()):
                     recorder.trace.note(sentence)
                 recorder.stop()
