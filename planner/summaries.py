@@ -27,7 +27,9 @@ def summary(plans: Sequence[Plan]) -> list[str]:
         return [*_leaking(leaking)]
     if not answered:
         tried = [plan for plan in plans if plan.status is PlanStatus.PLANNED]
-        nothing = "Nothing fits: no variant runs even at the smallest batch size that was asked about."
+        asked = next((plan.batch_size for plan in tried), None)
+        size = "even at the smallest batch size that was asked about" if asked is None else f"at batch size {asked}"
+        nothing = f"Nothing fits: no variant runs {size}."
         return [nothing, *_constrained(tried), *_evaluated(tried)] if tried else []
     return [
         *_largest(answered), *_leaking(leaking), *_constrained(answered), *_fastest(answered), *_accumulated(answered),

@@ -51,6 +51,16 @@ def test_a_job_names_the_gpu_type_that_stands_in_for_another(client: TestClient,
     assert (claim.job.request.gpu, claim.job.request.on) == ("a10g", "h200")
 
 
+def test_the_page_of_a_failed_job_shows_the_whole_error(client: TestClient, store: Store) -> None:
+    job_id = submit(client)["id"]
+    claim = store.claim_job("w")
+    assert claim is not None
+    error = {"code": "invalid_spec", "message": "unknown key", "field": "model.config.a", "suggestion": "n_layer"}
+    store.finish_job(claim, JobState.FAILED, error=error)
+    page = client.get(f"/jobs/{job_id}").text
+    assert "<code>model.config.a</code>: unknown key (did you mean <code>n_layer</code>?)" in page
+
+
 def test_a_submitted_job_waits_in_the_store(client: TestClient, store: Store) -> None:
     reply = client.post(
         "/v1/jobs",

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cli_fakes import LARGEST, SPEC, CardParts, raising_for, write_spec
 
 from planner.cli.app import run
 from planner.cli.exits import EXIT_STATUSES, PREFLIGHT_EXIT_STATUSES, ExitStatus, status_of_error, status_of_plans
 from planner.errors import DeviceLost, InvalidSpec, ModelError, PlannerError
+from planner.jobs import JobKind, JobRequest, JobState
 from planner.specs.variants import Precision, Variant
+from planner.store import Store
 from planner.units import GIB
 
 PLAIN = Variant(precision=Precision.FP32)
@@ -360,3 +363,27 @@ def test_help_is_quick_and_loads_no_torch(tmp_path: Path) -> None:
     code = "import sys; from planner.cli.app import run; run(['--help']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.endswith("False\n")
+
+
+def test_a_missing_command_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plans"]) == 2
+    assert capsys.readouterr().err == "error: missing command: one of list, show\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [("jobs", "there are no such jobs\n"), ("plans", "no such plans are stored\n")]
+)
+def test_an_empty_list_says_so(command: str, said: str, sqlite_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "list", "--store", sqlite_url]) == 0
+    assert capsys.readouterr() == ("", said)
+
+
+def test_a_failed_job_is_shown_with_the_whole_error(sqlite_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = InvalidSpec("unknown key", field="model.config.n_layerz", suggestion="n_layer")
+    with Store.open(sqlite_url) as store:
+        job, _ = store.create_job(JobRequest(kind=JobKind.PREDICT, spec=yaml.safe_load(SPEC)))
+        claim = store.claim_job("w")
+        assert claim is not None
+        store.finish_job(claim, JobState.FAILED, error=error.as_dict())
+    assert run(["jobs", "show", job.id, "--store", sqlite_url]) == 0
+    assert "error: model.config.n_layerz: unknown key (did you mean 'n_layer'?)" in capsys.readouterr().out

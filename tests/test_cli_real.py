@@ -218,6 +218,12 @@ def test_a_port_in_use_is_one_error(server: str, folder: Path) -> None:
     assert done.stderr.startswith(f"error: port: cannot listen on 127.0.0.1:{port}")
 
 
+def test_a_host_that_is_none_names_its_option(folder: Path) -> None:
+    done = planner(folder, "serve", "--host", "no such host", f"--store=sqlite:///{folder / 'other.db'}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: host: 'no such host' is no address of this machine")
+
+
 def test_a_wrong_setting_is_one_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLANNER_PORT", "http")
     done = planner(folder, "serve")

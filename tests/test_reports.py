@@ -305,10 +305,12 @@ def test_checkpointing_is_compared_only_where_all_else_is_the_same():
     assert [sentence.split(" saves ")[0] for sentence in said] == ["Checkpointing full with fp32 + fused optimizer"]
 
 
-@pytest.mark.parametrize("one_size", [None, 8])
-def test_nothing_fits(one_size):
+@pytest.mark.parametrize(
+    ("one_size", "where"), [(None, "even at the smallest batch size that was asked about"), (8, "at batch size 8")]
+)
+def test_nothing_fits(one_size, where):
     plan = make_plan(FP32, 0, batch_size=one_size, fits=None if one_size is None else False)
-    assert summary([plan]) == ["Nothing fits: no variant runs even at the smallest batch size that was asked about."]
+    assert summary([plan]) == [f"Nothing fits: no variant runs {where}."]
 
 
 def test_where_nothing_fits_the_constraint_or_the_evaluation_that_is_why_is_named():

@@ -93,7 +93,10 @@ def run(arguments: Sequence[str] | None = None, parts: Parts | None = None) -> i
 
 def _usage(error: Exception) -> InvalidArgument:
     message = str(getattr(error, "format_message", lambda: error)()) or "a command is missing; see planner --help"
-    return InvalidArgument(message.rstrip(".")[:1].lower() + message.rstrip(".")[1:])
+    words = message.rstrip(".")[:1].lower() + message.rstrip(".")[1:]
+    if words == "missing command" and (context := getattr(error, "ctx", None)) is not None:
+        words = f"{words}: one of {', '.join(context.command.list_commands(context))}"
+    return InvalidArgument(words)
 
 
 def _defect(error: Exception) -> PlannerError:

@@ -27,6 +27,7 @@ from planner.cli.parts import parts_of
 from planner.cli.signals import Interrupted, interruptible
 from planner.cli.sweep import as_table, show_job_plans
 from planner.cli.terminal import note, print_document, print_lines, stdout_console
+from planner.errors import error_from_dict
 from planner.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -114,6 +115,9 @@ def list_jobs(
         page = service.jobs(limit=limit, cursor=cursor, state=one_of(JobState, state, "state"))
     if as_json:
         print_document(page)
+        return 0
+    if not page["jobs"]:
+        note("there are no such jobs")
         return 0
     from planner.cli.tables import plain_table
 
@@ -210,7 +214,7 @@ def _print_job(job: dict[str, Any]) -> None:
         f"worker {job['worker'] or '-'}, attempt {job['attempt']}",
     ]
     if job["error"]:
-        lines.append(f"error: {job['error'].get('message')}")
+        lines.append(f"error: {error_from_dict(job['error'])}")
     print_lines(console, lines)
     if job["plans"]:
         console.print()

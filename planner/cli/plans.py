@@ -50,6 +50,9 @@ def list_plans(
     if as_json:
         print_document(page)
         return 0
+    if not page["plans"]:
+        note("no such plans are stored")
+        return 0
     _print_list(page["plans"])
     if page["next_cursor"]:
         note(f"more: --cursor {page['next_cursor']}")

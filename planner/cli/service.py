@@ -158,6 +158,9 @@ def _listen(host: str, port: int | None, settings: Settings) -> Iterator[socket.
     wanted = settings.port if port is None else port
     try:
         family, _, _, _, address = socket.getaddrinfo(host, wanted, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise InvalidArgument(f"{host!r} is no address of this machine: {error.strerror}", field="host") from error
+    try:
         listening = socket.create_server(address[:2], family=family, reuse_port=False)
     except OSError as error:
         reason = error.strerror or str(error)
