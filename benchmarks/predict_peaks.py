@@ -65,7 +65,12 @@ def predict(path: Path, variant: Variant, limit: int) -> dict[str, Any]:
     largest = _largest(lambda size: fits(family, size, limit))
     points = []
     for size in sorted({1, 4, max(1, largest * 3 // 10), max(1, largest * 7 // 10), max(1, largest)}):
-        found = trial(size, TOTAL_BYTES)
+        try:
+            found = trial(size, TOTAL_BYTES)
+        except ValueError:  # batch norm over a single value
+            if size > 1:
+                raise
+            continue
         points.append(
             {
                 "batch_size": size,
@@ -79,8 +84,10 @@ def predict(path: Path, variant: Variant, limit: int) -> dict[str, Any]:
 
 
 def _largest(runs: Callable[[int], bool]) -> int:
-    """By doubling and bisection."""
-    low, high = 0, 1
+    """By doubling and bisection, from two samples on: batch norm over a single value is an error."""
+    low, high = 1, 2
+    if not runs(high):
+        return int(runs(low))
     while runs(high):
         low, high = high, high * 2
     while high - low > 1:

@@ -304,6 +304,13 @@ def test_transformers_trains_and_is_in_training_mode() -> None:
     assert int(batch["input_ids"].max()) < 64
 
 
+def test_a_key_that_the_model_reads_and_its_config_does_not_declare() -> None:
+    small = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 1}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "vocab_size": 64}
+    model = build_model(_transformers("qwen3_moe", "causal-lm", TOKENS, head_dim=16, **small, **experts))
+    assert model.get_submodule("model.layers.0.self_attn.q_proj").weight.shape == (4 * 16, 32)
+
+
 @pytest.mark.parametrize(
     ("spec", "field", "suggestion"),
     [

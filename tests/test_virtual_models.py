@@ -43,6 +43,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
         {"precision": "bf16"},
     ),
     "bert, sequences": (_transformers("bert", "sequence-classification", **SMALL), TOKENS, {"precision": "fp16-amp"}),
+    "longformer, a mask that it looks into": (
+        _transformers("longformer", "sequence-classification", attention_window=32, pad_token_id=1, **SMALL),
+        TOKENS,
+        {},
+    ),
     "roberta, tokens": (_transformers("roberta", "token-classification", num_labels=5, **SMALL), TOKENS, {}),
     "t5, both halves": (
         _transformers("t5", "seq2seq-lm", d_model=64, num_layers=1, num_heads=4, d_ff=128, decoder_start_token_id=0),

@@ -10,6 +10,7 @@ import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -189,7 +190,7 @@ _COUNTS = re.compile(r"^(n|num)_|_(size|dim|layers|heads)$")
 def _check_config(defaults: Any, overrides: Mapping[str, Any], field: str) -> None:
     known = _config_keys(defaults)
     for key, value in overrides.items():
-        if key not in known:
+        if key not in known and not _reads(defaults, key):
             raise InvalidSpec("unknown key", field=f"{field}.{key}", suggestion=nearest(key, known))
         if _COUNTS.search(key) and isinstance(value, int) and value < 0:
             # Python builds no layer for range(-1) and says nothing.
@@ -197,6 +198,15 @@ def _check_config(defaults: Any, overrides: Mapping[str, Any], field: str) -> No
         nested = getattr(defaults, key, None)
         if isinstance(value, Mapping) and hasattr(nested, "to_dict"):
             _check_config(nested, value, f"{field}.{key}")
+
+
+def _reads(config: Any, key: str) -> bool:
+    """Whether the model looks for a key that its config does not declare: ``getattr(config, "head_dim", ...)``."""
+    configuration = inspect.getsourcefile(type(config))
+    if configuration is None or not key.isidentifier():
+        return False
+    looked_for = re.compile(rf'getattr\(\s*(self\.)?config,\s*"{key}"')
+    return any(looked_for.search(path.read_text()) for path in Path(configuration).parent.glob("modeling_*.py"))
 
 
 _IMPLEMENTATIONS = {"attn_implementation", "experts_implementation"}

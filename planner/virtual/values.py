@@ -7,12 +7,15 @@ on the CPU, beside its fake. Whatever depends on a weight or an activation has n
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map
+
+from planner.virtual import expanded
 
 UNKNOWN = object()
 _LIMIT = 1 << 20  # elements: ample for a batch of masks, little enough to compute in passing
@@ -98,10 +101,17 @@ def compute_values(func: Any, args: Any, kwargs: Any) -> Any:
     if not tensors and not shape_only:
         return UNKNOWN
     assumed = is_assumed(tensors)
+    elementwise = expanded.is_elementwise(func)
     if not shape_only:
         for item in tensors:
-            if item.numel() > (MAX_ASSUMED if assumed else _limit(item)) or value_of(item) is None:
+            value = value_of(item)
+            if value is None:
                 return UNKNOWN
+            count = expanded.num_stored(value) if elementwise or func.is_view else item.numel()
+            if count > (MAX_ASSUMED if assumed else _limit(item)):
+                return UNKNOWN
+    if func._schema.is_mutable:
+        _own_values(func, args)
 
     def real(item: Any) -> Any:
         if isinstance(item, torch.Tensor):
@@ -121,12 +131,16 @@ def compute_values(func: Any, args: Any, kwargs: Any) -> Any:
             result = func(real_args[0].double(), *real_args[1:], **real_kwargs).to(real_args[0].dtype)
         else:
             try:
-                result = func(*real_args, **real_kwargs)
+                most = MAX_ASSUMED if assumed else _LIMIT
+                run = functools.partial(expanded.computed, func, most) if elementwise else func
+                result = run(*real_args, **real_kwargs)
             except NotImplementedError:
                 return UNKNOWN  # a dtype that only the GPU's kernel takes
             except (RuntimeError, IndexError):
                 if is_assumed(tensors):
                     return UNKNOWN  # what was assumed does not suit what the model does with it
+                if any(expanded.is_shared(known) for item in tensors if (known := value_of(item)) is not None):
+                    return UNKNOWN  # a view that the tensor has and its expanded value has not
                 raise
         if func._overloadpacket is aten.randint:
             _show_range(result, real_args)
@@ -148,6 +162,17 @@ def _show_range(drawn: torch.Tensor, args: Any) -> None:
     flat = drawn.view(-1)
     flat[:1] = low
     flat[-1:] = high - 1
+
+
+def _own_values(func: Any, args: Any) -> None:
+    """Give what ``func`` writes to a value of its own, where others are kept in the same memory that are not in its."""
+    written = args[0] if args else None
+    known = value_of(written)
+    if isinstance(written, FakeTensor) and known is not None and expanded.is_shared(known):
+        with unset_fake_temporarily():
+            own = known.clone(memory_format=torch.contiguous_format) if known.numel() <= _limit(known) else None
+        _forget(written)
+        set_value(written, own)
 
 
 def forget_mutated(func: Any, args: Any, kwargs: Any) -> None:
@@ -176,7 +201,8 @@ def attach_values(outputs: Any, values: Any, *, assumed: bool = False) -> None:
     for fake, real in zip(tree_leaves(outputs), tree_leaves(values), strict=True):
         if not isinstance(fake, FakeTensor) or not isinstance(real, torch.Tensor):
             continue
-        if real.numel() <= (MAX_ASSUMED if assumed else _LARGE_ZEROS if real.dtype is torch.int64 else _limit(real)):
+        most = MAX_ASSUMED if assumed else _LARGE_ZEROS if real.dtype is torch.int64 else _limit(real)
+        if expanded.num_stored(real) <= most:
             set_value(fake, real)
             if assumed:
                 mark_assumed(fake)
