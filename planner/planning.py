@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 from planner.ahead import Ahead
+from planner.answers import Answers, explained_size, notes_of
 from planner.choices import (
     TIMED_STEPS,
     accumulate,
@@ -45,12 +45,6 @@ _FIRST_PREDICTED = 8
 """Where a search on the virtual GPU begins: sizes up to 5 cost a trace each, others only a replay."""
 _LOOK_BEYOND = 2
 """Sizes above the first out of memory that a search on the virtual GPU tries too: each costs a replay."""
-
-
-class TrialFailed(PlannerError):
-    """A trial ended twice for another reason than memory: the ``error`` of a failed plan, never raised."""
-
-    code = "trial_failed"
 
 
 def plan_sweep(
@@ -123,6 +117,7 @@ class _VariantWork:
     ahead: Ahead[Variant, Plan]
     """Predictions that are made beside the trials of the variants before."""
     log: TrialLog = field(init=False)
+    answers: Answers = field(init=False)
     predicted_failure: str | None = None
     """Why the virtual GPU could not answer either: it knows more of an index out of range than a real one tells."""
     predicted_explanation: Mapping[str, Any] | None = None
@@ -134,6 +129,11 @@ class _VariantWork:
         self.log = TrialLog(
             self.spec, self.variant, self.environment, self.capacity_bytes, self.store, self.listener, self.should_stop,
             self.worker,
+        )  # fmt: skip
+        self.answers = Answers(
+            spec=self.spec, variant=self.variant, environment=self.environment, batch_size=self.batch_size,
+            capacity_bytes=self.device.capacity_bytes, usable_bytes=self.capacity_bytes, question=self.question,
+            trials=self.log.trials, worker=self.worker,
         )  # fmt: skip
 
     @property
@@ -181,7 +181,7 @@ class _VariantWork:
         except Unanswered as unanswered:
             if self.should_stop():  # whoever stopped it may have ended the device's process: no fault of the variant
                 raise Stopped from unanswered
-            plan = self._unanswered(unanswered.error)
+            plan = self.answers.unanswered(unanswered.error)
         if self.log.num_read_back:
             note = f"{self.log.num_read_back} of {len(self.log.trials)} trials had been stored by an earlier run"
             plan = replace(plan, notes=(*plan.notes, note))
@@ -247,9 +247,9 @@ class _VariantWork:
             start = free["max_batch_size"] if start is None and not constraints.headroom.of(1) else start
         result = self._search(runner, constraints, start, predicted)
         if result.failure is not None:
-            return self._failed(result.failure, result.notes)
+            return self.answers.failed(result.failure, result.notes, self.predicted_failure)
         self._compare(runner, result)
-        notes = [*_notes_of(result.trials), *result.notes]
+        notes = [*notes_of(result.trials), *result.notes]
         if result.best is not None:
             found, said = self._beyond(runner, result, result.best)
             details |= found
@@ -260,7 +260,7 @@ class _VariantWork:
             notes += contradiction_notes(self.log.trials, below)
         if self.spec.train.global_batch_size is not None:
             details["accumulation"] = self._accumulated(runner, result, self.spec.train.global_batch_size)
-        plan = self._answer(
+        plan = self.answers.planned(
             result.best,
             notes,
             max_batch_size=result.max_batch_size,
@@ -354,11 +354,11 @@ class _VariantWork:
         return accumulation_details(target, found)
 
     def _explained(self, plan: Plan, runner: TrialRunner) -> Plan:
-        """The plan with what takes the memory, where the device can say: at the size that ``_explained_size`` names."""
+        """The plan with what takes the memory, where the device can say: at the size that ``explained_size`` names."""
         if plan.status is not PlanStatus.PLANNED or not isinstance(runner, Explainer):
             return plan
         with device_errors():
-            explanation = runner.explain(_explained_size(plan))
+            explanation = runner.explain(explained_size(plan))
         return replace(plan, details={**plan.details, "explanation": explanation})
 
     def _explained_by_prediction(self, plan: Plan, predictor: Device | None) -> Plan:
@@ -366,7 +366,7 @@ class _VariantWork:
         if plan.status is not PlanStatus.PLANNED or predictor is None:
             return plan
         known = self.predicted_explanation
-        if known is not None and known["batch_size"] == _explained_size(plan):
+        if known is not None and known["batch_size"] == explained_size(plan):
             return replace(plan, details={**plan.details, "explanation": known})
         try:
             with predictor.open(self.spec, self.variant, capacity_bytes=self.capacity_bytes) as runner:
@@ -389,75 +389,14 @@ class _VariantWork:
             trial = self.log.run(runner, ask)
         if trial.outcome is Outcome.FAILED:
             self._predicted(predictor)
-            return self._failed(trial, ())
+            return self.answers.failed(trial, (), self.predicted_failure)
         details, notes = leak_details(trial, self.capacity_bytes)
-        notes = [*_notes_of([trial]), *notes]
+        notes = [*notes_of([trial]), *notes]
         fits = None if "leak" in details else trial.fits
-        return self._answer(trial, notes, batch_size=batch_size, fits=fits, details=details)
+        return self.answers.planned(trial, notes, batch_size=batch_size, fits=fits, details=details)
 
     def _is_certified(self, result: SearchResult) -> bool:
         return result.certified and all(trial.source is Source.MEASURED for trial in result.trials)
-
-    def _headroom(self) -> dict[str, Any]:
-        kept = self.device.capacity_bytes - self.capacity_bytes
-        return {"headroom": {"bytes": kept, "usable_bytes": self.capacity_bytes}} if kept else {}
-
-    def _base(self) -> Plan:
-        return Plan(
-            spec_hash=self.spec.hash,
-            spec_name=self.spec.name,
-            model=self.spec.model.name,
-            variant=self.variant,
-            environment=self.environment,
-            capacity_bytes=self.device.capacity_bytes,
-            source=self.environment.source,
-            batch_size=self.batch_size,
-            question=self.question,
-            details=self._headroom(),
-            trials=tuple(self.log.trials),
-            worker=self.worker,
-            created_at=datetime.now(UTC),
-        )
-
-    def _answer(
-        self,
-        best: Trial | None,
-        notes: Sequence[str],
-        *,
-        max_batch_size: int | None = None,
-        first_oom_batch_size: int | None = None,
-        certified: bool = False,
-        batch_size: int | None = None,
-        fits: bool | None = None,
-        details: Mapping[str, Any] | None = None,
-    ) -> Plan:
-        """The plan whose figures are those of ``best``; ``None`` when not even one sample fits."""
-        return replace(
-            self._base(),
-            max_batch_size=max_batch_size,
-            first_oom_batch_size=first_oom_batch_size,
-            certified=certified,
-            batch_size=batch_size,
-            fits=fits,
-            peaks=best.peaks if best else None,
-            reserved_interval=best.reserved_interval if best else None,
-            step_time_s=best.step_time_s if best else None,
-            num_alloc_retries=best.num_alloc_retries if best else 0,
-            notes=tuple(dict.fromkeys(notes)),
-            details={**self._headroom(), **(details or {})},
-        )
-
-    def _failed(self, failure: Trial, notes: Sequence[str]) -> Plan:
-        words = f"batch size {failure.batch_size} failed twice: {failure.error or 'no reason was given'}"
-        if self.predicted_failure:
-            words = f"{words}; on the virtual GPU: {self.predicted_failure}"
-        why = TrialFailed(words)
-        return replace(self._base(), status=PlanStatus.FAILED, error=why.as_dict(), notes=tuple(notes))
-
-    def _unanswered(self, error: PlannerError) -> Plan:
-        # The only bad input that is one variant's own: this model or GPU cannot run it.
-        status = PlanStatus.UNSUPPORTED if isinstance(error, InvalidSpec) else PlanStatus.FAILED
-        return replace(self._base(), status=status, error=error.as_dict())
 
 
 def _size_without_checkpointing(variant: Variant, plans: Sequence[Plan]) -> int | None:
@@ -466,15 +405,5 @@ def _size_without_checkpointing(variant: Variant, plans: Sequence[Plan]) -> int 
     return next((plan.max_batch_size for plan in plans if plan.variant == plain != variant), None)
 
 
-def _explained_size(plan: Plan) -> int:
-    """That of the plan's figures; the smallest that was asked about where nothing fits."""
-    return plan.batch_size or plan.max_batch_size or int(plan.question.get("multiple_of", 1))
-
-
 def _nobody(event: Progress) -> None:
     """The listener of a search that only says where another one begins."""
-
-
-def _notes_of(trials: Sequence[Trial]) -> list[str]:
-    """What the device said must be read beside the figures of these trials, each sentence once."""
-    return list(dict.fromkeys(str(note) for trial in trials for note in trial.details.get("notes", ())))
