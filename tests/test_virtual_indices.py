@@ -68,6 +68,12 @@ def test_integers_are_checked_over_the_whole_range_that_the_spec_names(process: 
         _trace(process, GPT2, _tensors(50, 51))
 
 
+def test_a_model_without_a_classifier_needs_the_number_of_classes(process: Process) -> None:
+    model = {"source": "timm", "name": "resnet10t", "args": {"num_classes": 0}}
+    with pytest.raises(InvalidSpec, match=r"data\.classes: is needed: the model has 512 outputs"):
+        _trace(process, model, {"kind": "images", "size": 32})
+
+
 @pytest.mark.parametrize(
     "lookup",
     [

@@ -45,7 +45,11 @@ class IndexOutOfRange(Exception):
                 field="data.sequence_length",
                 suggestion=str(longest) if longest > 0 else None,
             )
-        if data.kind is DataKind.IMAGES and self.in_loss and data.classes is not None:
+        if data.kind is DataKind.IMAGES and self.in_loss and data.classes is None:
+            # Some of timm's models have no classifier by default, and so no number of classes to draw labels from.
+            message = f"is needed: the model has {self.size} outputs and does not say how many classes it tells apart"
+            return InvalidSpec(message, field="data.classes")
+        if data.kind is DataKind.IMAGES and self.in_loss:
             return InvalidSpec(
                 f"the model tells {self.size} classes apart, not {data.classes}",
                 field="data.classes",
