@@ -36,7 +36,7 @@ def test_each_call_allocates_as_recorded(process: Process, group: str, least: in
     found = process.do(
         "recorded_calls",
         path=str(ROOT / "measurements/h200/kernels.json.gz"),
-        benchmark=str(ROOT / "benchmarks/measure_kernels.py"),
+        calls=str(ROOT / "benchmarks/kernel_calls.py"),
         wanted=group,
         every=7,  # the whole takes a minute
         always=["ctc_loss", "ctc_loss-backward"],

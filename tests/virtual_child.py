@@ -180,21 +180,21 @@ def run(*, code: str) -> dict[str, Any]:
     return {"value": scope["result"]}
 
 
-def recorded_calls(*, path: str, benchmark: str, wanted: str, every: int, always: list[str]) -> dict[str, Any]:
+def recorded_calls(*, path: str, calls: str, wanted: str, every: int, always: list[str]) -> dict[str, Any]:
     """One in ``every`` call of ``measurements/h200/kernels.json.gz`` in the group ``wanted``, and all that are named in
     ``always``, made here: for each its name, what the GPU allocated and freed, and what the virtual one does; sizes
     rounded to 512 bytes, frees by number."""
-    spec = importlib.util.spec_from_file_location("measure_kernels", benchmark)
+    spec = importlib.util.spec_from_file_location("kernel_calls", calls)
     assert spec is not None
     assert spec.loader is not None
-    measure: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(measure)
-    measure.CUDA = "vgpu"
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.CUDA = "vgpu"
     prepare(H200)
     rows = json.loads(gzip.decompress(Path(path).read_bytes()))["calls"]
     found = []
     recorded = (row for row in rows if row["group"] == wanted)
-    for number, (row, (name, _, make)) in enumerate(zip(recorded, measure.GROUPS[wanted](), strict=True)):
+    for number, (row, (name, _, make)) in enumerate(zip(recorded, module.GROUPS[wanted](), strict=True)):
         if "events" in row and (number % every == 0 or name in always):
             found.append([name, _rounded(row["events"]), _rounded(_events_of(make))])
     return {"value": found}
