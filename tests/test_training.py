@@ -348,6 +348,15 @@ def test_torchvision_is_imported_beside_any_torch_and_trains(name: str, args: di
     assert training.model(torch.randn(2, 3, 32, 32))[0].shape[-1] == 7
 
 
+@pytest.mark.parametrize("name", ["fcn_resnet50", "lraspp_mobilenet_v3_large"])
+def test_torchvisions_segmentation_learns_a_class_for_each_pixel(name: str) -> None:
+    training = _training(_library("torchvision", name))
+    labels = training.batch(2)["labels"]
+    assert (labels.shape, int(labels.max()) < 21) == ((2, 32, 32), True)
+    training.step(2)
+    training.evaluate(2)
+
+
 # Labels
 
 

@@ -49,6 +49,14 @@ def num_classes(model: torch.nn.Module) -> int | None:
     return None
 
 
+def segmentation_classes(model: torch.nn.Module) -> int | None:
+    """The classes of torchvision's semantic segmentation models, which only their last layer knows; else ``None``."""
+    if not type(model).__module__.startswith("torchvision.models.segmentation."):
+        return None
+    *_, last = (layer for layer in model.get_submodule("classifier").modules() if isinstance(layer, torch.nn.Conv2d))
+    return last.out_channels
+
+
 def positional(spec: Spec) -> bool:
     """Whether the model takes its images as the one positional argument and returns logits (timm, torchvision)."""
     return spec.data.kind is DataKind.IMAGES and spec.model.source in (ModelSource.TIMM, ModelSource.TORCHVISION)
@@ -104,6 +112,10 @@ def _images(
     size = spec.data.size
     assert size is not None, "checked when the spec was read"
     pixels = _normal((batch_size, _channels(spec, model), size, size), torch.float32, device, memory_format)
+    segmented = segmentation_classes(model)
+    if segmented is not None:  # a class for each pixel
+        shape = (batch_size, size, size)
+        return {"pixel_values": pixels, "labels": _labels(model, spec.data.classes or segmented, shape, device)}
     classes = spec.data.classes or num_classes(model) or 1000
     return {"pixel_values": pixels, "labels": _labels(model, classes, (batch_size,), device)}
 

@@ -215,8 +215,10 @@ class Training:
 
 
 def _logits(outputs: Any) -> torch.Tensor:
-    """The classifier's logits: torchvision's Inception and GoogLeNet return a named tuple in training."""
-    logits = outputs if isinstance(outputs, torch.Tensor) else getattr(outputs, "logits", None)
+    """The classifier's logits: torchvision's Inception and GoogLeNet return a named tuple in training, its models for
+    segmentation a mapping."""
+    named = outputs.get("out") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    logits = outputs if isinstance(outputs, torch.Tensor) else named
     if not isinstance(logits, torch.Tensor):
         raise ModelError("the model returns no logits; name a function in train.loss", field="model")
     return logits
