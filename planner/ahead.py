@@ -17,11 +17,13 @@ class Ahead(Generic[Key, Result]):
 
     def __init__(self) -> None:
         self._futures: dict[Key, Future[Result]] = {}
+        self._hints: dict[Key, Future[int | None]] = {}
         self.is_over = False
 
     def begin(self, pieces: Mapping[Key, Callable[[], Result]]) -> None:
         """To be called once."""
         self._futures = {key: Future() for key in pieces}
+        self._hints = {key: Future() for key in pieces}
         # A daemon: whoever interrupts the caller must not wait for the piece that is worked on.
         threading.Thread(target=self._work, args=(dict(pieces),), name="ahead", daemon=True).start()
 
@@ -32,6 +34,16 @@ class Ahead(Generic[Key, Result]):
         """Wait for a piece's result. Raises what the piece raised."""
         return self._futures[key].result()
 
+    def hint(self, key: Key, value: int) -> None:
+        """For a piece that is being worked on: the figure that its result will most likely have."""
+        if not self._hints[key].done():
+            self._hints[key].set_result(value)
+
+    def take_hint(self, key: Key) -> int | None:
+        """Wait for the hint of a piece; ``None`` where its result is there, which says more."""
+        value = self._hints[key].result()
+        return None if self._futures[key].done() else value
+
     def _work(self, pieces: Mapping[Key, Callable[[], Result]]) -> None:
         for key, work in pieces.items():
             if self.is_over:
@@ -40,6 +52,8 @@ class Ahead(Generic[Key, Result]):
                 self._futures[key].set_result(work())
             except BaseException as error:  # noqa: BLE001 - it belongs to whoever takes the result
                 self._futures[key].set_exception(error)
+            if not self._hints[key].done():
+                self._hints[key].set_result(None)
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ its variant ends, so an interruption loses nothing: the next sweep reads back wh
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -122,6 +123,8 @@ class _VariantWork:
     """Why the virtual GPU could not answer either: it knows more of an index out of range than a real one tells."""
     predicted_explanation: Mapping[str, Any] | None = None
     """What the virtual GPU said takes the memory, at the batch size that it expected."""
+    announce: Callable[[int], None] = lambda size: None
+    """Told which batch size a search on the virtual GPU has come to, before that is checked by a trace."""
     compare_at: int | None = None
     """A batch size of another variant that predictions are made at too, so that the two can be compared."""
 
@@ -174,7 +177,7 @@ class _VariantWork:
                 if self.batch_size is not None:
                     plan = self._plan_one(runner, self.batch_size, predict_start)
                 else:
-                    plan = self._plan_search(runner, self._predicted(predict_start))
+                    plan = self._plan_search(runner, predict_start)
                 plan = self._explained(plan, runner)
             if self.is_measured:
                 plan = self._explained_by_prediction(plan, predict_start)
@@ -213,6 +216,8 @@ class _VariantWork:
             self.spec, alone, predictor, predictor.environment(self.spec), self.store, self.batch_size,
             self.fresh, _nobody, lambda: self.ahead.is_over, self.worker, self.ahead,
         )  # fmt: skip
+        if self.ahead.has(variant):
+            work.announce = partial(self.ahead.hint, variant)
         return work.stored_plan() or work.plan(None)
 
     def _predicted(self, predictor: Device | None) -> Plan | None:
@@ -239,13 +244,32 @@ class _VariantWork:
     def _open(self, spec: Spec) -> TrialRunner:
         return self.device.open(spec, self.variant, capacity_bytes=self.capacity_bytes)
 
-    def _plan_search(self, runner: TrialRunner, predicted: Plan | None) -> Plan:
+    def _soon_predicted(self, predictor: Device | None) -> int | None:
+        """Where a search may begin while its prediction is still being checked; ``None`` where there is one already, or
+        where more of it is needed to begin."""
+        if predictor is None or self.spec.search.is_constrained or not self.ahead.has(self.variant):
+            return None
+        return self.ahead.take_hint(self.variant)
+
+    def _plan_search(self, runner: TrialRunner, predictor: Device | None) -> Plan:
+        if soon := self._soon_predicted(predictor):
+            search = self._begin_search(self.spec.search, soon, None)
+            self._run_search(search, runner, num_trials=1)
+            predicted = self._predicted(predictor)
+            search.expect(suspects=suspects(predicted), bytes_per_sample=bytes_per_sample(predicted))
+            return self._planned(runner, predicted, self._run_search(search, runner), {})
+        predicted = self._predicted(predictor)
         constraints, start = self.spec.search, predicted.max_batch_size if predicted else None
         details: dict[str, Any] = {}
         if constraints.is_constrained and (free := self._unconstrained(runner, predicted)):
             details["unconstrained"] = free
             start = free["max_batch_size"] if start is None and not constraints.headroom.of(1) else start
-        result = self._search(runner, constraints, start, predicted)
+        return self._planned(runner, predicted, self._search(runner, constraints, start, predicted), details)
+
+    def _planned(
+        self, runner: TrialRunner, predicted: Plan | None, result: SearchResult, details: dict[str, Any]
+    ) -> Plan:
+        """The plan of a search that is over, with what is found out beyond its answer."""
         if result.failure is not None:
             return self.answers.failed(result.failure, result.notes, self.predicted_failure)
         self._compare(runner, result)
@@ -274,8 +298,11 @@ class _VariantWork:
     def _search(
         self, runner: TrialRunner, constraints: SearchSpec, start: int | None, predicted: Plan | None = None
     ) -> SearchResult:
+        return self._run_search(self._begin_search(constraints, start, predicted), runner)
+
+    def _begin_search(self, constraints: SearchSpec, start: int | None, predicted: Plan | None) -> Search:
         limit = constraints.max_batch_size
-        search = Search(
+        return Search(
             start=start,
             first=1 if self.is_measured else _FIRST_PREDICTED,
             limit=LIMIT if limit is None else limit,
@@ -287,8 +314,17 @@ class _VariantWork:
             capacity_bytes=self.capacity_bytes,
             bytes_per_sample=bytes_per_sample(predicted),
         )
-        while (ask := search.ask()) is not None:
+
+    def _run_search(self, search: Search, runner: TrialRunner, num_trials: int = sys.maxsize) -> SearchResult:
+        """Run at most so many trials of ``search``."""
+        for _ in range(num_trials):
+            ask = search.ask()
+            if ask is None:
+                break
             search.tell(self.log.run(runner, ask))
+            found = search.result()
+            if found.first_oom_batch_size is not None:
+                self.announce(found.max_batch_size or 0)
         return search.result()
 
     def _unconstrained(self, runner: TrialRunner, predicted: Plan | None) -> dict[str, Any] | None:

@@ -94,11 +94,10 @@ class Search:
         self._limit, self._limit_name = limit // multiple_of, limit_name
         self._predicted = start is not None
         self._start = min(max((first if start is None else start) // multiple_of, 1), self._limit)
-        self._suspects = sorted({size // multiple_of for size in suspects if size % multiple_of == 0})
+        self.expect(suspects=suspects, bytes_per_sample=bytes_per_sample)
         self._look_beyond = look_beyond
         self._confirm_fresh = confirm_fresh
         self._capacity_bytes = capacity_bytes
-        self._slope = None if bytes_per_sample is None else bytes_per_sample * multiple_of
         self._trials: list[Trial] = []
         self._evidence: dict[int, Trial] = {}
         self._confirmed: set[int] = set()
@@ -118,6 +117,11 @@ class Search:
     def _high(self) -> int | None:
         low = self._low
         return min((size for size, trial in self._evidence.items() if size > low and not trial.fits), default=None)
+
+    def expect(self, *, suspects: Collection[int], bytes_per_sample: float | None) -> None:
+        """What was found out since the search began; as the arguments of the same names."""
+        self._suspects = sorted({size // self._unit for size in suspects if size % self._unit == 0})
+        self._slope = None if bytes_per_sample is None else bytes_per_sample * self._unit
 
     def ask(self) -> Ask | None:
         """The next trial to run, or ``None`` when the search is over. Asking again without telling asks the same."""

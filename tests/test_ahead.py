@@ -56,3 +56,25 @@ def test_leaving_begins_no_further_piece():
     if thread is not None:
         thread.join(20)
     assert over == []
+
+
+def test_a_hint_can_be_taken_before_the_result_and_not_after_it():
+    hinted, gate = threading.Event(), threading.Event()
+
+    def work():
+        ahead.hint("a", 7)
+        ahead.hint("a", 8)  # the first one counts
+        hinted.set()
+        assert gate.wait(20)
+        return "A"
+
+    def fail():
+        raise KeyError("x")
+
+    with Ahead() as ahead:
+        ahead.begin({"a": work, "b": fail, "c": lambda: "C"})
+        assert hinted.wait(20)
+        assert ahead.take_hint("a") == 7
+        gate.set()
+        assert [ahead.take(name) for name in "ac"] == ["A", "C"]
+        assert [ahead.take_hint(name) for name in "abc"] == [None, None, None]

@@ -144,6 +144,68 @@ def test_later_variants_are_predicted_while_the_first_one_is_measured():
     assert sorted(virtual.sizes(BF16)) == sorted(virtual.sizes(FP32))
 
 
+class Checked(ThresholdDevice):
+    """A virtual GPU whose search looks beyond 10, the first size out of memory, only once ``gate`` is open: at 11."""
+
+    def __init__(self, gate, **given):
+        super().__init__(9, source=PREDICTED, **given)
+        self.gate = gate
+
+    def open(self, spec, variant, *, capacity_bytes=None):
+        runner = super().open(spec, variant, capacity_bytes=capacity_bytes)
+        run = runner.run
+
+        def gated(batch_size, *, fresh=False):
+            if fresh and batch_size > 10:
+                assert self.gate.wait(20), "no trial ran while the prediction was checked"
+            return run(batch_size, fresh=fresh)
+
+        runner.run = gated
+        return runner
+
+
+def first_trial_opens(gate):
+    def listen(event):
+        if isinstance(event, TrialFinished):
+            gate.set()
+
+    return listen
+
+
+def test_the_first_trial_runs_while_its_prediction_is_checked():
+    gate, device = threading.Event(), ThresholdDevice(9)
+    spec = make_spec(search=SearchSpec(speed=False))
+    (plan,) = plan_sweep(spec, device, predict_start=Checked(gate), listener=first_trial_opens(gate))
+    assert (plan.max_batch_size, plan.certified, plan.predicted_max_batch_size) == (9, True, 9)
+    assert device.sizes() == [9, 10]
+
+
+def test_what_a_prediction_says_after_the_first_trial_is_kept():
+    gate, device = threading.Event(), ThresholdDevice(9)
+    virtual = Checked(gate, script={(FP32, 11): [Outcome.FITS]})
+    spec = make_spec(search=SearchSpec(speed=False))
+    (plan,) = plan_sweep(spec, device, predict_start=virtual, listener=first_trial_opens(gate))
+    assert (plan.max_batch_size, plan.certified, plan.predicted_max_batch_size) == (9, True, 11)
+    assert device.sizes() == [9, 10]
+
+
+def test_a_constrained_search_waits_for_its_whole_prediction():
+    gate, device = threading.Event(), ThresholdDevice(9)
+    gate.set()
+    spec = make_spec(search=SearchSpec(speed=False, multiple_of=4))
+    (plan,) = plan_sweep(spec, device, predict_start=Checked(gate))
+    assert (plan.max_batch_size, plan.details["unconstrained"]["max_batch_size"]) == (8, 9)
+
+
+def test_a_prediction_that_fails_after_it_was_first_made_leaves_the_search_as_it_is():
+    gate, device = threading.Event(), ThresholdDevice(9)
+    virtual = Checked(gate, script={(FP32, 11): [ModelError("no", field="model")]})
+    spec = make_spec(search=SearchSpec(speed=False))
+    (plan,) = plan_sweep(spec, device, predict_start=virtual, listener=first_trial_opens(gate))
+    assert (plan.max_batch_size, plan.certified, plan.predicted_max_batch_size) == (9, True, None)
+    assert device.sizes() == [9, 10]
+
+
 def test_predictions_made_ahead_are_stored_beside_the_measurements(store):
     virtual = ThresholdDevice(9, source=PREDICTED)
     plans = plan_sweep(make_spec(*TWO), ThresholdDevice(9), predict_start=virtual, store=store)

@@ -246,6 +246,15 @@ def test_a_size_that_fits_above_one_that_does_not_is_told_from_a_monotone_result
     assert (below.max_batch_size, below.oom_below) == (44, (41,))
 
 
+def test_what_is_found_out_after_the_first_trial_is_followed():
+    card, search = islands((1, 40), (42, 44)), Search(start=40, confirm_fresh=True)
+    search.tell(card(search.ask().batch_size, True))
+    search.expect(suspects=(43,), bytes_per_sample=None)
+    while (ask := search.ask()) is not None:
+        search.tell(card(ask.batch_size, ask.fresh))
+    assert (search.result().max_batch_size, search.result().oom_below) == (44, (41,))
+
+
 def test_a_suspect_that_does_what_monotony_expects_changes_nothing():
     card = Card(40)
     result = search_max_batch(card, start=40, suspects=(38, 43), confirm_fresh=True, capacity_bytes=card.capacity)

@@ -42,7 +42,7 @@ def build(document: Mapping[str, Any]) -> Built:
             "install a CUDA build, or use planner predict"
         )
     torch.set_num_threads(1)
-    # What a trial would import by itself; the first optimizer of a process imports the second (torch/_compile.py).
+    # What a trial would import by itself; the first optimizer of a process imports torch._dynamo (torch/_compile.py).
     import torch._dynamo
 
     from planner.training import build_model
