@@ -84,3 +84,40 @@ def test_each_allocation_of_gpt2_is_the_recorded_one(process: Process) -> None:
     assert replay(mine).peak_reserved_bytes == run.peak_reserved_bytes
     same = (Counter(traced["sizes"]) & Counter(recorded.sizes)).total()
     assert same >= 0.95 * max(len(traced["sizes"]), len(recorded.sizes))
+
+
+def _convolutional(case: str, precision: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Spec and measurements of one of ``measurements/specs``."""
+    document = json.loads(gzip.decompress((ROOT / "measurements/h200/peaks.json.gz").read_bytes()))
+    wanted = (case, precision, "none")
+    (measured,) = (
+        each
+        for each in document["cases"]
+        if (each["case"], each["variant"]["precision"], each["variant"]["checkpointing"]) == wanted
+    )
+    return yaml.safe_load((ROOT / f"measurements/specs/{case}.yaml").read_text()), measured
+
+
+@pytest.mark.parametrize(("case", "precision"), [("convnext-tiny-timm", "fp32"), ("unet-256", "fp32")])
+def test_each_event_of_a_convolutional_net_is_the_recorded_one(process: Process, case: str, precision: str) -> None:
+    """Two steps at batch size 4: every birth and death, in order, in the allocator's multiples of 512 bytes."""
+    spec, measured = _convolutional(case, precision)
+    recorded = [
+        (action == "alloc", -(-size // 512))
+        for action, _, size, _ in measured["trace_at_4"]["events"]
+        if action in ("alloc", "free_requested")
+    ]
+    assert len(recorded) > 1500
+    traced = process.do("traced", spec=spec, variant={"precision": precision}, batch_size=4, num_steps=2)
+    sizes = traced["sizes"]
+    mine = [(event >= 0, -(-sizes[max(event, ~event)] // 512)) for event in traced["events"]]
+    assert [event for event in mine if event[1]][: len(recorded)] == recorded
+
+
+def test_peaks_of_convnext_at_measured_batch_sizes(process: Process) -> None:
+    spec, measured = _convolutional("convnext-tiny-timm", "fp32")
+    sizes = [2, 4, 8, 16, 32, 64]
+    found = process.do("peaks", spec=spec, variant={"precision": "fp32"}, batch_sizes=sizes)
+    for size, (allocated, reserved) in zip(sizes, found["peaks"], strict=True):
+        assert allocated == pytest.approx(measured["peaks"][str(size)]["alloc"], rel=0.0005), size
+        assert reserved == pytest.approx(measured["peaks"][str(size)]["reserved"], rel=0.02), size

@@ -15,9 +15,10 @@ def install() -> None:
 
 
 def _linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``linear`` (aten/src/ATen/native/Linear.cpp): where it does not become one ``addmm``, the bias is added in place,
-    though not to a subclass; recorded trace of lstm-lm, whose input is transposed."""
-    fused = inputs.dim() == 2 or (inputs.dim() == 3 and inputs.is_contiguous())
+    """``linear`` (aten/src/ATen/native/Linear.cpp): a contiguous input becomes one ``addmm`` (trace of convnext, whose
+    inputs have four dimensions); else the bias is added in place, though not to a subclass (lstm-lm, whose input
+    is transposed)."""
+    fused = inputs.dim() == 2 or inputs.is_contiguous()
     if bias is None or fused:
         result: torch.Tensor = aten.linear.default.decompose(inputs, weight, bias)
         return result

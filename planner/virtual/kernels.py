@@ -6,21 +6,19 @@ order matters little to the peak of allocated bytes, and much to which cached bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from planner.virtual import attention_kernels, ctc, index_kernels, recurrent_kernels
+from planner.virtual import attention_kernels, convolution_kernels, ctc, index_kernels, recurrent_kernels
 from planner.virtual.architecture import Architecture
-from planner.virtual.convolutions import ELEMENT_BYTES, Direction, workspace_bytes
-from planner.virtual.reductions import Loop, reduction_loops, semaphore_bytes, staging_buffer_bytes
+from planner.virtual.reductions import partial_results
 from planner.virtual.rules import RULES, Call, Step, bytes_of, outputs, rule
-from planner.virtual.trace import Formula, Workspace
 
 aten = torch.ops.aten
-_MODULES_OF_RULES = (attention_kernels, ctc, index_kernels, recurrent_kernels)  # importing them declares their rules
+_MODULES_OF_RULES = (attention_kernels, convolution_kernels, ctc, index_kernels, recurrent_kernels)
+"""Importing them declares their rules."""
 
 
 class Kernels:
@@ -110,7 +108,7 @@ def _reduction(call: Call, architecture: Architecture) -> Iterator[Step]:
         accumulator = 1
     else:
         accumulator = max(4, tensor.element_size())  # sums of halves are float32
-    yield from _staging(tensor, _dims(call, position), architecture, accumulator)
+    yield from partial_results(tensor, _dims(call, position), architecture, accumulator)
 
 
 _EXTREMES = {aten.max, aten.min, aten.amax, aten.amin}
@@ -134,7 +132,7 @@ def _variance(call: Call, architecture: Architecture) -> Iterator[Step]:
     """A reduction of means and squared differences: aten/src/ATen/native/cuda/ReduceMomentKernel.cu."""
     yield from outputs(call)
     if call.args[0].numel() > 0:
-        yield from _staging(call.args[0], _dims(call, 1), architecture, _WELFORD)
+        yield from partial_results(call.args[0], _dims(call, 1), architecture, _WELFORD)
 
 
 def _dims(call: Call, position: int) -> tuple[int, ...]:
@@ -142,32 +140,6 @@ def _dims(call: Call, position: int) -> tuple[int, ...]:
     dims = call.args[position] if len(call.args) > position else call.kwargs.get("dim")
     dims = (dims,) if isinstance(dims, int) and not isinstance(dims, bool) else dims
     return tuple(dims) if isinstance(dims, (list, tuple)) else ()
-
-
-def _staging(
-    tensor: torch.Tensor, dims: tuple[int, ...], architecture: Architecture, accumulator: int = 4
-) -> Iterator[Step]:
-    """The temporaries of reducing ``tensor`` over ``dims`` (all when empty), with partial results of ``accumulator``
-    bytes."""
-    loops = reduction_loops(tensor, dims)
-    reduced = tuple(flag for _, _, flag in loops)
-    numbers = tuple(number for size, stride, _ in loops for number in (size, stride))
-    device = (architecture.num_sms, architecture.threads_per_sm)
-    for size_of in (staging_buffer_bytes, semaphore_bytes):
-        yield "temporary", Formula(partial(_of_loops, size_of, accumulator, *device, reduced), numbers)
-
-
-def _of_loops(
-    size_of: Callable[..., int],
-    accumulator: int,
-    num_sms: int,
-    threads_per_sm: int,
-    reduced: tuple[bool, ...],
-    *numbers: int,
-) -> int:
-    """``size_of`` the loops whose sizes and strides ``numbers`` lists in turn."""
-    loops: list[Loop] = list(zip(numbers[::2], numbers[1::2], reduced, strict=True))
-    return size_of(accumulator, num_sms, threads_per_sm, loops)
 
 
 @rule(
@@ -253,7 +225,7 @@ def _elementwise_loss(call: Call, architecture: Architecture) -> Iterator[Step]:
     yield "size", bytes_of(first)
     yield from outputs(call)
     yield "temporary", bytes_of(first)
-    yield from _staging(torch.empty(first.shape, device="meta"), (), architecture)
+    yield from partial_results(torch.empty(first.shape, device="meta"), (), architecture)
 
 
 @rule("binary_cross_entropy_with_logits", "kl_div")
@@ -262,7 +234,7 @@ def _composite_loss(call: Call, architecture: Architecture) -> Iterator[Step]:
     yield "temporary", bytes_of(call.args[0])
     yield "temporary", bytes_of(call.args[0])
     yield from outputs(call)
-    yield from _staging(torch.empty(call.args[0].shape, device="meta"), (), architecture)
+    yield from partial_results(torch.empty(call.args[0].shape, device="meta"), (), architecture)
 
 
 @rule("logsumexp")
@@ -282,7 +254,7 @@ def _extreme_index(call: Call, architecture: Architecture) -> Iterator[Step]:
     """A reduction of values with where they are: aten/src/ATen/native/cuda/ReduceArgMaxKernel.cu."""
     yield from outputs(call)
     if call.args[0].numel() > 0:
-        yield from _staging(call.args[0], _dims(call, 1), architecture, 2 * _INDEX)
+        yield from partial_results(call.args[0], _dims(call, 1), architecture, 2 * _INDEX)
 
 
 @rule("im2col")
@@ -330,102 +302,3 @@ def _grouped_mm(call: Call, architecture: Architecture) -> Iterator[Step]:
     if call.args[0].dtype is torch.bfloat16 and isinstance(offsets, torch.Tensor):
         yield "temporary", 60 * offsets.numel()
         yield "temporary", 512 * architecture.num_sms
-
-
-@rule("convolution")
-def _convolution(call: Call, architecture: Architecture) -> Iterator[Step]:
-    """Copies of what is not contiguous, the result, then cuDNN's workspace (recorded trace of resnet50)."""
-    inputs, weight, transposed = call.args[0], call.args[1], bool(call.args[6])
-    last = _runs_channels_last(inputs, weight)
-    yield from _copy(inputs, last)
-    yield from _copy(weight, last)
-    yield from outputs(call)
-    yield from _workspace_of("dgrad" if transposed else "forward", inputs, weight, call.args[3:9], architecture)
-
-
-@rule("convolution_backward")
-def _convolution_backward(call: Call, architecture: Architecture) -> Iterator[Step]:
-    """The input's gradient and its workspace, then the weights', then the bias's sum: traces of resnet50 and a U-Net.
-
-    ``cudnn_convolution_backward_input`` and ``_weight`` in aten/src/ATen/native/cudnn/ConvShared.cpp: each makes
-    contiguous what it reads.
-    """
-    grad, inputs, weight, _, stride, padding, dilation, transposed, output_padding, groups, mask = call.args
-    options = (stride, padding, dilation, transposed, output_padding, groups)
-    outputs = iter(range(len(call.sizes)))
-    last = _runs_channels_last(inputs, weight)
-    yield from _copy(grad, last)
-    if mask[0]:
-        yield "output", next(outputs)
-        copied = list(_copy(weight, last))
-        yield from copied
-        yield from _workspace_of("forward" if transposed else "dgrad", inputs, weight, options, architecture)
-        yield from [("free", 0)] * len(copied)
-    if mask[1]:
-        yield "output", next(outputs)
-        copied = list(_copy(inputs, last))
-        yield from copied
-        yield from _workspace_of("wgrad", inputs, weight, options, architecture)
-        yield from [("free", 0)] * len(copied)
-    for index in outputs:
-        yield "output", index
-    if mask[2]:
-        yield from _staging(grad, (0, *range(2, grad.dim())), architecture)
-
-
-def _runs_channels_last(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """``cudnn_conv_suggest_memory_format`` in aten/src/ATen/native/ConvUtils.h."""
-    return inputs.dim() == 4 and (_is_channels_last(inputs) or _is_channels_last(weight))
-
-
-def _copy(tensor: torch.Tensor, channels_last: bool) -> Iterator[Step]:
-    wanted = torch.channels_last if channels_last and tensor.dim() == 4 else torch.contiguous_format
-    if not tensor.is_contiguous(memory_format=wanted):
-        yield "temporary", bytes_of(tensor)
-
-
-def _workspace_of(
-    direction: Direction, inputs: torch.Tensor, weight: torch.Tensor, options: Sequence[Any], architecture: Architecture
-) -> Iterator[Step]:
-    """cuDNN's workspace, allocated and freed, and how far it may be off (``planner.virtual.convolutions``)."""
-    *sides, transposed, _, groups = options
-    spatial = inputs.dim() - 2
-    # One number stands for every dimension.
-    stride, padding, dilation = (tuple(side) * spatial if len(side) == 1 else tuple(side) for side in sides)
-    if str(inputs.dtype)[6:] not in ELEMENT_BYTES:
-        return
-    if transposed:  # the convolution that it transposes runs from what is this one's result
-        size = tuple(
-            (length - 1) * step - 2 * pad + gap * (width - 1) + 1
-            for length, step, pad, gap, width in zip(
-                inputs.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
-            )
-        )
-        c, k = weight.shape[1] * groups, inputs.shape[1]
-    else:
-        size, c, k = tuple(inputs.shape[2:]), inputs.shape[1], weight.shape[0]
-    layer: dict[str, Any] = {
-        "direction": direction, "dtype": str(inputs.dtype)[6:], "c": c, "k": k, "groups": groups,
-        "kernel": tuple(weight.shape[2:]), "stride": stride, "padding": padding, "dilation": dilation,
-        "input_size": size,
-        "channels_last": _runs_channels_last(inputs, weight),
-        "compute_capability": architecture.compute_capability,
-    }  # fmt: skip
-
-    numbers = (inputs.shape[0],)
-    yield "workspace", Workspace(partial(_workspace_bytes, layer), numbers, tuple(layer.values()))
-    yield "free", 0
-    yield "doubt", Formula(partial(_workspace_doubt_bytes, layer), numbers)
-
-
-def _workspace_bytes(layer: dict[str, Any], n: int) -> int:
-    return workspace_bytes(n=n, **layer).bytes
-
-
-def _workspace_doubt_bytes(layer: dict[str, Any], n: int) -> int:
-    workspace = workspace_bytes(n=n, **layer)
-    return max(workspace.high - workspace.bytes, workspace.bytes - workspace.low)
-
-
-def _is_channels_last(tensor: torch.Tensor) -> bool:
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()

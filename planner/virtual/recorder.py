@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from planner.errors import ModelError
-from planner.virtual import assumptions, ctc, packing, recurrent, repeats, values
+from planner.virtual import assumptions, convolution_kernels, ctc, packing, recurrent, repeats, values
 from planner.virtual.attention import adds_in_place
 from planner.virtual.backend import NAME, kernels_beside_decompositions
 from planner.virtual.indices import check_indices
@@ -116,6 +116,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Of operators whose own shape function is missing or knows less than CUDA.
         self._shape_functions: dict[Any, Callable[..., Any]] = {
             _GROUPED_MM: _grouped_mm,
+            aten.convolution.default: convolution_kernels.result,
+            aten.convolution_backward.default: convolution_kernels.gradients,
             aten._cudnn_init_dropout_state.default: recurrent.dropout_state,
             aten._cudnn_rnn.default: functools.partial(recurrent.forward_outputs, kernels.architecture),
             aten._cudnn_rnn_backward.default: recurrent.backward_outputs,

@@ -9,9 +9,14 @@ the recorded trace of bert-large).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
+
+from planner.virtual.architecture import Architecture
+from planner.virtual.rules import Step
+from planner.virtual.trace import Formula
 
 WARP = 32
 MAX_THREADS = 512
@@ -129,3 +134,29 @@ def _last_pow2(number: int) -> int:
 
 def _div_up(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def partial_results(
+    tensor: torch.Tensor, dims: tuple[int, ...], architecture: Architecture, accumulator: int = 4
+) -> Iterator[Step]:
+    """The temporaries of reducing ``tensor`` over ``dims`` (all when empty), with partial results of ``accumulator``
+    bytes."""
+    loops = reduction_loops(tensor, dims)
+    reduced = tuple(flag for _, _, flag in loops)
+    numbers = tuple(number for size, stride, _ in loops for number in (size, stride))
+    device = (architecture.num_sms, architecture.threads_per_sm)
+    for size_of in (staging_buffer_bytes, semaphore_bytes):
+        yield "temporary", Formula(partial(_of_loops, size_of, accumulator, *device, reduced), numbers)
+
+
+def _of_loops(
+    size_of: Callable[..., int],
+    accumulator: int,
+    num_sms: int,
+    threads_per_sm: int,
+    reduced: tuple[bool, ...],
+    *numbers: int,
+) -> int:
+    """``size_of`` the loops whose sizes and strides ``numbers`` lists in turn."""
+    loops: list[Loop] = list(zip(numbers[::2], numbers[1::2], reduced, strict=True))
+    return size_of(accumulator, num_sms, threads_per_sm, loops)
