@@ -143,3 +143,14 @@ except Exception as error:
     shape, words = process.run(code)
     assert shape == [2, (2 << 20) - 1, 4]
     assert "embedding looks up index 999 of 999" in words
+
+
+@pytest.mark.parametrize(("precision", "assumed"), [("fp16-amp", True), ("bf16-amp", False)])
+def test_fp16_is_assumed_not_to_overflow(process: Process, precision: str, assumed: bool) -> None:
+    inputs = {"features": {"shape": [8], "dtype": "float32"}, "labels": {"shape": [], "dtype": "int64", "high": 4}}
+    spec = {
+        "model": {"source": "python", "target": "tests.virtual_models:Classifier"},
+        "data": {"kind": "tensors", "inputs": inputs},
+    }
+    trace = process.do("traced", spec=spec, variant={"precision": precision}, batch_size=2)
+    assert any("every step is assumed to update the weights" in note for note in trace["notes"]) == assumed

@@ -21,6 +21,10 @@ READ_BY_STEP = (
     "train.step reads values that depend on the weights, which a prediction does not have: numbers are taken as 1, "
     "truth values as false"
 )
+NO_OVERFLOW = (
+    "fp16-amp: every step is assumed to update the weights; where gradients overflow, as they may in the first steps "
+    "of a new model, it does not and takes less"
+)
 # The operators that choose, and where among their results the chosen indices are.
 _CHOOSING = {aten.topk.default: 1, aten.argmax.default: 0, aten.max.dim: 1, aten.multinomial.default: 0}
 

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from planner.errors import InvalidSpec
 from planner.specs.model import Spec
-from planner.specs.variants import Compile, Variant
-from planner.virtual import attention, autocast, backend, composites, ctc, norms, packing, recurrent
+from planner.specs.variants import Compile, Precision, Variant
+from planner.virtual import assumptions, attention, autocast, backend, composites, ctc, norms, packing, recurrent
 from planner.virtual.architecture import Architecture
 from planner.virtual.indices import IndexOutOfRange
 from planner.virtual.kernels import Kernels
@@ -109,6 +109,8 @@ def trace_steps(
                     recorder.trace.successors = successors_of_last_step(recorder.trace)
                 for sentence in training.report().get("notes", ()):
                     recorder.trace.note(sentence)
+                if variant.precision is Precision.FP16_AMP:
+                    recorder.trace.note(assumptions.NO_OVERFLOW)
                 recorder.stop()
     except IndexOutOfRange as error:
         raise error.of_spec(spec) from error
