@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
+
+from planner.trial_log import Stopped
+
+_POLL_S = 0.2
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
@@ -30,8 +34,9 @@ class Ahead(Generic[Key, Result]):
     def has(self, key: Key) -> bool:
         return key in self._futures
 
-    def take(self, key: Key) -> Result:
-        """Wait for a piece's result. Raises what the piece raised."""
+    def take(self, key: Key, should_stop: Callable[[], bool] = lambda: False) -> Result:
+        """Wait for a piece's result. Raises what the piece raised, and ``Stopped`` once ``should_stop`` says so."""
+        _wait(self._futures[key], should_stop)
         return self._futures[key].result()
 
     def hint(self, key: Key, value: int) -> None:
@@ -39,8 +44,10 @@ class Ahead(Generic[Key, Result]):
         if not self._hints[key].done():
             self._hints[key].set_result(value)
 
-    def take_hint(self, key: Key) -> int | None:
-        """Wait for the hint of a piece; ``None`` where its result is there, which says more."""
+    def take_hint(self, key: Key, should_stop: Callable[[], bool] = lambda: False) -> int | None:
+        """Wait for the hint of a piece; ``None`` where its result is there, which says more. Raises ``Stopped`` as
+        ``take`` does."""
+        _wait(self._hints[key], should_stop)
         value = self._hints[key].result()
         return None if self._futures[key].done() else value
 
@@ -62,3 +69,9 @@ class Ahead(Generic[Key, Result]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.is_over = True
+
+
+def _wait(future: Future[Any], should_stop: Callable[[], bool]) -> None:
+    while not wait([future], timeout=_POLL_S).done:
+        if should_stop():
+            raise Stopped

@@ -229,8 +229,10 @@ class _VariantWork:
         if predictor is None:
             return None
         try:
-            has_begun = self.ahead.has(self.variant)
-            plan = self.ahead.take(self.variant) if has_begun else self._predict(predictor, self.variant)
+            if self.ahead.has(self.variant):
+                plan = self.ahead.take(self.variant, self.should_stop)
+            else:
+                plan = self._predict(predictor, self.variant)
         except InvalidSpec:
             raise
         except (InvalidInput, DeviceError):
@@ -249,7 +251,7 @@ class _VariantWork:
         where more of it is needed to begin."""
         if predictor is None or self.spec.search.is_constrained or not self.ahead.has(self.variant):
             return None
-        return self.ahead.take_hint(self.variant)
+        return self.ahead.take_hint(self.variant, self.should_stop)
 
     def _plan_search(self, runner: TrialRunner, predictor: Device | None) -> Plan:
         if soon := self._soon_predicted(predictor):

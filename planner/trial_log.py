@@ -18,7 +18,7 @@ from planner.trials import Environment, Outcome, Source, Trial
 
 
 class Stopped(Exception):
-    """``should_stop`` said so between two trials."""
+    """``should_stop`` said so, between two trials or while a prediction was waited for."""
 
 
 class Unanswered(Exception):

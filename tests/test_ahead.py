@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from planner.ahead import Ahead
+from planner.trial_log import Stopped
 
 
 def test_pieces_are_worked_in_order_while_the_caller_does_something_else():
@@ -78,3 +79,19 @@ def test_a_hint_can_be_taken_before_the_result_and_not_after_it():
         gate.set()
         assert [ahead.take(name) for name in "ac"] == ["A", "C"]
         assert [ahead.take_hint(name) for name in "abc"] == [None, None, None]
+
+
+def test_whoever_is_stopped_waits_for_no_piece():
+    gate, asked = threading.Event(), []
+
+    def should_stop():
+        asked.append(True)
+        return len(asked) > 1
+
+    with Ahead() as ahead:
+        ahead.begin({1: lambda: gate.wait(20)})
+        with pytest.raises(Stopped):
+            ahead.take(1, should_stop)
+        assert not gate.is_set()
+        gate.set()
+        assert ahead.take(1, should_stop), "what is there is taken"

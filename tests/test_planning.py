@@ -206,6 +206,15 @@ def test_a_prediction_that_fails_after_it_was_first_made_leaves_the_search_as_it
     assert device.sizes() == [9, 10]
 
 
+def test_a_sweep_that_is_stopped_does_not_wait_for_the_prediction_that_is_being_made():
+    predicting, gate, predicted = threading.Event(), threading.Event(), []
+    virtual = Watched(lambda variant: predicting.set() or predicted.append(gate.wait(20)), source=PREDICTED)
+    device = ThresholdDevice(9)
+    assert plan_sweep(make_spec(), device, predict_start=virtual, should_stop=predicting.is_set) == ()
+    assert predicted == device.runs == []
+    gate.set()
+
+
 def test_predictions_made_ahead_are_stored_beside_the_measurements(store):
     virtual = ThresholdDevice(9, source=PREDICTED)
     plans = plan_sweep(make_spec(*TWO), ThresholdDevice(9), predict_start=virtual, store=store)

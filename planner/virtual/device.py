@@ -82,8 +82,12 @@ class VirtualDevice:
         return VirtualRunner(self, spec, variant, capacity_bytes or self.capacity_bytes)
 
     def close(self) -> None:
-        """End the preloaded process; the next trial starts one again."""
-        kill_all(self._preloaded)
+        """End the preloaded processes; the next trial starts one again. A thread that waits for an answer gets
+        ``ChildDied``."""
+        for child in list(self._preloaded.values()):
+            child.process.kill()  # the thread that waits for its answer finds it dead, and lets go of the lock
+        with self._lock:
+            kill_all(self._preloaded)
 
     def ask(self, spec: Spec, request: dict[str, Any]) -> dict[str, Any]:
         """The reply of the process that has built the model of ``spec``. Raises what building or tracing it raises."""
