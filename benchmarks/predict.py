@@ -3,10 +3,12 @@
     python benchmarks/predict.py [CASE...] [--runs N] [--json FILE]
 
 For each case, with nothing stored: imports and the model's build, then one variant's whole plan with its checks, as
-``planner predict`` makes it. Of that, the traces (the first two run side by side) and the replays; events traced per
-second; the largest resident memory of all its processes together beyond that of a process that has only imported torch.
-Then the same for 2 to 32 layers, and single traces at batch sizes 1 to 1000. The best of ``--runs`` runs is shown,
-since other work on the machine only adds. Run from the repository's root; needs torch and transformers, and no GPU.
+``planner predict`` makes it. Of that, the traces (the first two run side by side, the third beside the replays of what
+it checks) and the replays; processor seconds, which other work on the machine lengthens less than the rest; events
+traced per second; the largest resident memory of all its processes together beyond that of a process that has only
+imported torch. Then the same for 2 to 32 layers, and single traces at batch sizes 1 to 1000. The best of ``--runs``
+runs is shown, since other work on the machine only adds. Run from the repository's root; needs torch and transformers,
+and no GPU.
 """
 
 from __future__ import annotations
@@ -179,6 +181,7 @@ def main() -> None:
     unknown = set(options.cases) - set(CASES)
     if unknown:
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    print(f"{os.cpu_count()} processors; load average of other work: {os.getloadavg()[0]:.1f}")
     own_bytes = _torch_bytes()
     plans, layers = {}, {}
     columns = "imports+build   plan = traces + replays  processor  events  traced/s  replay  beyond torch  largest"

@@ -97,3 +97,68 @@ for _ in range(2):
 result = found
 """
     assert process.run(code) == ["ModelError", "ModelError"]
+
+
+def test_copies_of_known_numbers_have_each_its_own(process: Process) -> None:
+    code = """
+found = []
+for numbers in ([1.0, 2.0], [3.0, 5.0]):
+    given = torch.tensor(numbers)
+    copy = given.to(device)
+    found.append([copy.sum().item(), list(copy.nonzero().shape), copy.unsqueeze(0)[0, 1].item()])
+found.append(list(torch.tensor([0.0, 1.0]).to(device).nonzero().shape))
+result = found
+"""
+    assert process.run(code) == [[3.0, [2, 1], 2.0], [8.0, [2, 1], 5.0], [1, 1]]
+
+
+def test_zeros_like_a_weight_are_known_until_something_unknown_is_written(process: Process) -> None:
+    code = """
+weight = torch.empty(3, 4, device=device)
+first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+view = first[1:]
+first += 2.0
+weights = [torch.zeros_like(weight), torch.empty(3, 4, device=device)]
+torch._foreach_lerp_(weights[:1], weights[1:], 0.5)
+try:
+    written = weights[0].sum().item()
+except Exception as error:
+    written = type(error).__name__
+result = [first.sum().item(), view.sum().item(), second.sum().item(), torch.ones_like(weight).sum().item(), written]
+"""
+    assert process.run(code) == [24.0, 16.0, 0.0, 12.0, "ModelError"]
+
+
+def test_kernels_for_lists_allocate_what_they_return_and_no_more(process: Process) -> None:
+    code = """
+tensors = [torch.empty(2, 3, device=device), torch.empty(5, 4, device=device).t()]
+before = len(trace.sizes)
+roots = torch._foreach_sqrt(tensors)
+torch._foreach_mul_(roots, tensors)
+torch._foreach_add_(roots, 1.0)
+mixed = torch._foreach_sqrt([torch.ones(4, device=device, dtype=torch.int64), tensors[0][:, ::2]])
+result = [
+    list(trace.sizes[before:]),
+    [[list(item.shape), list(item.stride()), str(item.dtype)] for item in (*roots, *mixed)],
+]
+"""
+    sizes, layouts = process.run(code)
+    assert sizes == [24, 80, 32, 16, 16]
+    assert layouts == [
+        [[2, 3], [3, 1], "torch.float32"],
+        [[4, 5], [1, 4], "torch.float32"],
+        [[4], [1], "torch.float32"],
+        [[2, 2], [2, 1], "torch.float32"],
+    ]
+
+
+def test_numbers_of_a_list_become_a_tensor_with_values(process: Process) -> None:
+    code = """
+found = []
+for numbers in ([1, 2, 3], [4, 5, 6]):
+    made = torch.tensor(numbers)
+    moved = made.to(device)
+    found.append([made.tolist(), moved.sum().item(), torch.tensor(numbers, device=device)[2].item()])
+result = found
+"""
+    assert process.run(code) == [[[1, 2, 3], 6, 3], [[4, 5, 6], 15, 6]]

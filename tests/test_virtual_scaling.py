@@ -42,6 +42,38 @@ def test_a_search_takes_three_traces() -> None:
     assert model.traced == [2, 5, 54]
 
 
+def test_what_is_foretold_is_replayed_beside_the_trace_that_checks_it() -> None:
+    model = _Model()
+    family = model.family()
+    family.scaled(8)
+    seen: list[tuple[list[int], list[int], list[int]]] = []
+    for size in (54, 55):
+        family.checked(
+            size, lambda foretold: seen.append(([*foretold.events.sizes], [*model.started], [*model.traced]))
+        )
+    assert seen == [([1540], [2, 5, 54], [2, 5])], "once, with the trace begun and not waited for"
+
+
+def test_a_check_speaks_for_sizes_near_it_and_below() -> None:
+    model = _Model(turn=70)
+    family = model.family()
+    family.scaled(8)
+    family.checked(54)
+    for size in (62, 3, 30):
+        assert not family.checked(size).exact
+    assert model.traced == [2, 5, 54]
+    assert family.checked(71).surprising, "far above it another kernel is found out"
+    assert model.traced == [2, 5, 54, 71]
+
+
+def test_a_check_of_a_large_size_speaks_for_an_eighth_more() -> None:
+    model = _Model()
+    family = model.family()
+    family.scaled(8)
+    family.checked(800)
+    assert [family.checked(size).exact for size in (900, 901)] == [False, True]
+
+
 def test_one_question_takes_one_trace() -> None:
     model = _Model()
     assert model.family().checked(54).exact

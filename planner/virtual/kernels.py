@@ -64,6 +64,11 @@ class Kernels:
 _GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addmv, aten.mv}
 
 
+def has_handles(packet: Any) -> bool:
+    """Whether ``Kernels.of_handles`` may have something to say of this operator."""
+    return packet in _GEMMS or packet is aten._cudnn_init_dropout_state
+
+
 def is_modelled(packet: Any) -> bool:
     """Whether the temporary memory of this operator's kernels is described (for most operators: there is none)."""
     return packet not in _UNMODELLED

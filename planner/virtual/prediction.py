@@ -6,11 +6,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from planner.allocator import AllocatorConfig, replay
+from planner.allocator import AllocatorConfig, Events
 from planner.allocator.config import MIN_BLOCK_BYTES
-from planner.allocator.driver import AddressSpace, ScatteredAddresses
-from planner.endurance import wants_another_step
 from planner.units import MIB, format_bytes
+from planner.virtual.replays import Replays
 from planner.virtual.scaling import Scaled, TraceFamily
 
 
@@ -56,21 +55,20 @@ def predict_trial(
     reserve with no limit, with the interval that the true figure is expected in. Any other only narrows a search.
     """
     start = time.perf_counter()
-    scaled = family.checked(batch_size) if fresh else family.scaled(batch_size)
-    traced = time.perf_counter()
-    replayed = 0
+    made: list[Replays] = []
 
-    def run(capacity: int | None) -> Any:
-        nonlocal replayed
-        replayed += 1
-        return replay(
-            scaled.events, config, capacity, device_total_bytes=device_total_bytes, goes_on=wants_another_step
-        )
+    def replays_of(events: Events) -> Replays:
+        if not made or made[-1].events != events:
+            made.append(Replays(events, config, capacity_bytes, device_total_bytes))
+        return made[-1]
 
-    limited = run(capacity_bytes)
-    # A limit that was never met changes nothing, unless the garbage collector goes by it.
-    unmet = limited.fits and not limited.num_alloc_retries and not config.garbage_collection_threshold
-    free = limited if unmet else run(None)
+    if fresh:
+        # What is foretold is replayed beside the trace that checks it: most traces show just that.
+        scaled = family.checked(batch_size, lambda foretold: replays_of(foretold.events).make_all())
+    else:
+        scaled = family.scaled(batch_size)
+    replays = replays_of(scaled.events)
+    limited, free = replays.limited, replays.free
     # Where memory ran out the peaks are those of a run with no limit: what the batch would take.
     peaks = limited if limited.fits else free
     reply: dict[str, Any] = {
@@ -87,19 +85,13 @@ def predict_trial(
     }
     if fresh:
         reply["allocated_after_step_bytes"] = allocated_after_steps(scaled)
-        needed = _needed(run, free.peak_allocated_bytes, free.peak_reserved_bytes)
-        elsewhere = [
-            replay(scaled.events, config, None, device_total_bytes=device_total_bytes, addresses=addresses)
-            for addresses in _other_addresses()
-        ]
-        replayed += len(elsewhere)
-        reserved = [free.peak_reserved_bytes, *(result.peak_reserved_bytes for result in elsewhere)]
-        spread = (reserved[0] - min(reserved), max(reserved) - reserved[0])
-        reply["needed"] = _interval(needed, spread, scaled, compute_capability)
+        reply["needed"] = _interval(replays.needed_bytes, replays.spread, scaled, compute_capability)
     if limited.oom is not None:
         reply["error"] = str(limited.oom.error)
-    reply["num_events"], reply["num_replays"] = len(scaled.events), replayed
-    reply["timings"] = {"tracing_s": round(traced - start, 4), "replay_s": round(time.perf_counter() - traced, 4)}
+    reply["num_events"], reply["num_replays"] = len(scaled.events), sum(each.number for each in made)
+    replay_s = sum(each.seconds for each in made)
+    tracing_s = time.perf_counter() - start - replay_s
+    reply["timings"] = {"tracing_s": round(tracing_s, 4), "replay_s": round(replay_s, 4)}
     return reply
 
 
@@ -118,17 +110,6 @@ def allocated_after_steps(scaled: Scaled) -> list[int]:
 _SURPRISE = "batch size {} was traced: its memory events are not those that smaller batch sizes foretold"
 
 
-def _other_addresses() -> list[AddressSpace]:
-    """Where the driver may place segments otherwise: it decides which of two free blocks of one size is reused.
-
-    With these the interval holds the two cases whose reserved bytes were 6.6% and 15% above what was measured.
-    """
-    return [ScatteredAddresses(seed, regions) for regions in (3, 64) for seed in range(_SEEDS)]
-
-
-_SEEDS = 4
-
-
 def _interval(
     needed: int, spread: tuple[int, int], scaled: Scaled, compute_capability: tuple[int, int]
 ) -> dict[str, Any]:
@@ -145,18 +126,3 @@ def _interval(
         basis += f"; {format_bytes(less)} less and {format_bytes(more)} more by where the driver places segments"
     low, high = max(0, needed - doubt - less), needed + doubt + more
     return {"bytes": needed, "low_bytes": low, "high_bytes": high, "basis": basis}
-
-
-_NEEDED_PRECISION = 1 / 256
-
-
-def _needed(run: Any, allocated: int, reserved: int) -> int:
-    """The smallest capacity that suffices, by bisection, to 1/256 of what is needed."""
-    low, high = allocated, reserved
-    while high - low > max(2 * MIB, int(high * _NEEDED_PRECISION)):
-        middle = (low + high) // 2
-        if run(middle).fits:
-            high = middle
-        else:
-            low = middle
-    return high

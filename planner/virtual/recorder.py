@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dis
 import functools
-import itertools
 import sys
 import threading
 import weakref
@@ -21,9 +20,10 @@ from torch.utils._pytree import tree_leaves
 from planner.errors import ModelError
 from planner.virtual import assumptions, convolution_kernels, ctc, packing, recurrent, repeats, values
 from planner.virtual.attention import adds_in_place
-from planner.virtual.backend import NAME, kernels_beside_decompositions
+from planner.virtual.backend import NAME
 from planner.virtual.indices import check_indices
-from planner.virtual.kernels import Kernels, is_modelled
+from planner.virtual.kernels import Kernels
+from planner.virtual.operators import Operator
 from planner.virtual.owners import Owners
 from planner.virtual.rules import Call, Step
 from planner.virtual.trace import Doubt, Formula, Purpose, Trace, Workspace
@@ -32,12 +32,12 @@ aten = torch.ops.aten
 # What a gradient that only the engine's buffer holds counts here, seen from inside a dispatch mode.
 _ENGINE_TENSOR_REFERENCES, _ENGINE_STORAGE_REFERENCES = 4, 2
 _GROUPED_MM: Any = getattr(getattr(aten, "_grouped_mm", None), "default", None)
+_LIFT = aten.lift_fresh.default
 _PACK = aten._pack_padded_sequence.default
 _WRAPPERS = {"torch._compile", "torch._dynamo.eval_frame", "torch.utils._python_dispatch", __name__}
 """Modules whose frames stand between the engine and ``Recorder.__torch_dispatch__``: torch wraps each dispatch."""
 _ZERO = {torch.bool: False, torch.int64: 0, torch.int32: 0, torch.uint8: 0}
 _DEVICE = torch.ops.prim.device.default
-_READS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
 
 
 def _grouped_mm(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -65,27 +65,20 @@ def _update(*_: Any, **__: Any) -> None:
     return None
 
 
-@functools.cache
-def _is_composite(func: Any) -> bool:
-    """Whether CUDA runs ``func`` as its parts; ``silu_backward`` has a decomposition too, but a kernel before it."""
-
-    def has_kernel(key: str) -> bool:
-        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
-
-    return (
-        func.namespace == "aten"
-        and func not in _READS
-        and has_kernel("CompositeImplicitAutograd")
-        and func.name() not in kernels_beside_decompositions()
-    )
-
-
 def _is_assignment() -> bool:
     """Whether an assignment to an item (``tensor[index] = number``) is what runs."""
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") in _WRAPPERS:
         frame = frame.f_back
     return frame is not None and dis.opname[frame.f_code.co_code[frame.f_lasti]] in ("STORE_SUBSCR", "STORE_SLICE")
+
+
+_ONE_BY_ONE = [getattr(aten, f"_foreach_{name}").default for name in ("sqrt", "neg", "abs", "reciprocal")]
+"""Optimizers' kernels that take each tensor of a list by itself: ``FakeTensorMode`` asks for each of hundreds."""
+
+
+def _one_by_one(func: Any, tensors: Any) -> Any:
+    return repeats.like_each(tensors) or func(tensors)
 
 
 @dataclass(slots=True)
@@ -123,6 +116,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             aten._cudnn_rnn_backward.default: recurrent.backward_outputs,
             **ctc.SHAPE_FUNCTIONS,
             **dict.fromkeys(_UPDATES, _update),
+            **{func: functools.partial(_one_by_one, func) for func in _ONE_BY_ONE},
         }
         self._convolutions: dict[tuple[Any, ...], int] = {}  # PyTorch keeps their plans for each thread
         self._main = threading.get_ident()
@@ -131,24 +125,37 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.in_own_step = False
         """Whether a step of the user's own runs, outside its model: what it reads it shows or compares."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled here, and the guard against it would cost more than many an answer."""
+        return False
+
     def stop(self) -> None:
         """Record nothing more: what dies from now on does so because the trace is at its end."""
         self.trace.mark("end")
         self._stopped = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # the engine asks it of each gradient many times
+            return args[0].device
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # a question about the tensor, not work
-            if func is _DEVICE and isinstance(args[0], FakeTensor):  # the engine asks it of each gradient several times
-                return args[0].device
+        operator = Operator.of(func)
+        if operator.is_question:
             return func(*args, **kwargs)
-        if _is_composite(func):  # reached undecomposed, as in inference mode: its parts are what a kernel serves
+        if operator.is_composite:  # reached undecomposed, as in inference mode: its parts are what a kernel serves
             with self:
                 return recurrent.ROUTES.get(func, func.decompose)(*args, **kwargs)
+        if operator.writes_lists:
+            if values.compute_values(func, args, kwargs) is values.UNKNOWN:
+                values.forget_mutated(func, args, kwargs)
+            return None
+        if func is _LIFT and (lifted := repeats.lifted(args[0])) is not None:
+            values.set_value(lifted, args[0])
+            return lifted
         if func is _PACK:
             with self:
                 return packing.pack_padded_sequence(*args)
-        if func in _READS:
+        if operator.reads:
             known = values.value_of(args[0])
             if known is not None:
                 if values.is_assumed(args):
@@ -171,14 +178,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten.add.Tensor and adds_in_place():
             return aten.detach.default(args[0])
         if self._writes_in_place(func, args):
-            self._record(func, args, kwargs, args[0])
+            self._record(operator, args, kwargs, args[0])
             return args[0]
-        repeated = repeats.described(func, args, kwargs)
+        repeated = repeats.described(operator, args, kwargs)
         if repeated is not None:
             seen = self._answers.get(repeated.key)
             if seen is not None:
                 outputs = seen.answer.made(repeated)
-                self._record(func, args, kwargs, outputs, seen)
+                if repeated.has_values:
+                    real = values.compute_values(func, args, kwargs)
+                    if real is not values.UNKNOWN:
+                        values.attach_values(outputs, real, assumed=values.is_assumed(args, kwargs))
+                self._record(operator, args, kwargs, outputs, seen)
                 return outputs
         check_indices(func, args)
         real = values.compute_values(func, args, kwargs)
@@ -212,50 +223,51 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return outputs
         seen = None
         # What an operator does to its arguments' own layout or values, no answer tells.
-        if repeated is not None and real is values.UNKNOWN and repeats.described(func, args, kwargs) == repeated:
+        if repeated is not None and repeats.described(operator, args, kwargs) == repeated:
             answer = repeats.answer_of(repeated, outputs)
             if answer is not None:
                 seen = self._answers[repeated.key] = _Seen(answer)
-        self._record(func, args, kwargs, outputs, seen)
+        self._record(operator, args, kwargs, outputs, seen)
         return outputs
 
-    def _record(self, func: Any, args: Any, kwargs: Any, outputs: Any, seen: _Seen | None = None) -> None:
+    def _record(self, operator: Operator, args: Any, kwargs: Any, outputs: Any, seen: _Seen | None = None) -> None:
         leaves = (outputs,) if isinstance(outputs, torch.Tensor) else tree_leaves(outputs)
         born: list[tuple[torch.UntypedStorage, int]] = []
+        new: set[int] = set()
         touched = False
         for item in leaves:
             if isinstance(item, FakeTensor) and item.fake_device.type == NAME:
                 touched = True
                 storage = item.untyped_storage()
-                if (
-                    storage.nbytes()
-                    and storage._cdata not in self._live
-                    and all(storage._cdata != other._cdata for other, _ in born)
-                ):
-                    born.append((storage, storage.nbytes()))
+                key = storage._cdata
+                if key not in self._live and key not in new and (size := storage.nbytes()):
+                    new.add(key)
+                    born.append((storage, size))
         if not touched:
             return
-        name = func._schema.name
+        name, packet = operator.name, operator.packet
         trace = self.trace
         owner = self.owners.enter_operator(in_optimizer=self.in_optimizer)
         temporaries: list[int] = []
         in_host_memory = set(range(len(born)))
-        size: int | Formula | None = None
-        packet, sizes = func._overloadpacket, [size for _, size in born]
+        own_size: int | Formula | None = None
+        sizes = [size for _, size in born]
         if seen is not None and seen.sizes == sizes:
             steps = seen.steps
         else:
             steps = list(self.kernels.of_call(Call(packet, args, kwargs, sizes)))
             if seen is not None:
                 seen.sizes, seen.steps = sizes, steps
-        for kind, value in itertools.chain(steps, self.kernels.of_handles(packet, self._thread())):
+        if operator.has_handles:
+            steps = [*steps, *self.kernels.of_handles(packet, self._thread())]
+        for kind, value in steps:
             if kind == "output":
                 assert isinstance(value, int)
-                self._birth(*born[value], name, owner, size)
+                self._birth(*born[value], name, owner, own_size)
                 in_host_memory.discard(value)
-                size = None
+                own_size = None
             elif kind == "size":
-                size = value
+                own_size = value
             elif kind == "free":
                 assert isinstance(value, int)
                 trace.free(temporaries.pop(-1 - value))
@@ -269,7 +281,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(value, Workspace):
                     key = (self._thread(), value.convolution, value.numbers)
                     trace.convolutions[block] = self._convolutions.setdefault(key, len(self._convolutions))
-        if not is_modelled(packet):
+        if not operator.is_modelled:
             involved = tree_leaves((args, kwargs, outputs))
             touched_bytes = sum(item.numel() * item.element_size() for item in involved if isinstance(item, FakeTensor))
             trace.doubts.append(Doubt(name.removeprefix("aten::"), Formula(int, (touched_bytes,)), modelled=False))

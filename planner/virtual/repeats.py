@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+
+from planner.virtual.operators import Operator
 
 Plain = int | float | bool | str | None | torch.dtype | torch.device | torch.layout | torch.memory_format
 _PLAIN = set(get_args(Plain))
@@ -26,6 +28,8 @@ class Call(NamedTuple):
 
     key: Key
     tensors: list[FakeTensor]
+    has_values: bool
+    """Whether what it returns may have known values: they are computed each time."""
 
 
 class Layout(NamedTuple):
@@ -56,14 +60,59 @@ class Result:
         argument = call.tensors[self.argument or 0]
         if self.layout is None:
             return argument
-        shape, stride, offset, dtype, device = self.layout
         mode = argument.fake_mode
+        if self.argument is None:
+            return new_tensor(mode, self.layout)
+        shape, stride, offset, _, device = self.layout
         with in_kernel_invocation_manager(mode):
-            if self.argument is None:
-                meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-            else:
-                meta = torch.as_strided(argument, shape, stride, offset)
-        return FakeTensor(mode, meta, device)
+            meta = torch.as_strided(argument, shape, stride, offset)
+        return _fake(mode, meta, device)
+
+
+def new_tensor(mode: FakeTensorMode, layout: Layout) -> FakeTensor:
+    """A tensor of that layout with a storage of its own."""
+    shape, stride, _, dtype, device = layout
+    with torch._C._DisableTorchDispatch():
+        meta = torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+    return _fake(mode, meta, device)
+
+
+def lifted(tensor: Any) -> FakeTensor | None:
+    """The fake of a ``tensor`` that was just made from numbers; ``None`` where it is not plainly of its own."""
+    mode: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if mode is None or type(tensor) is not torch.Tensor or tensor.requires_grad or tensor.device.type != "cpu":
+        return None
+    if tensor.dtype.is_complex or tensor.layout is not torch.strided or tensor.is_quantized:
+        return None
+    if tensor.untyped_storage().nbytes() != _dense_bytes(tensor):
+        return None
+    return new_tensor(mode, Layout(tuple(tensor.shape), tensor.stride(), 0, tensor.dtype, tensor.device))
+
+
+def like_each(tensors: Sequence[FakeTensor]) -> list[FakeTensor] | None:
+    """New tensors laid out as ``tensors``; ``None`` where an operator might lay them out otherwise."""
+    for tensor in tensors:
+        dense = isinstance(tensor, FakeTensor) and _is_plain(tensor) and tensor.is_floating_point()
+        if not dense or _dense_elements(tensor) != tensor.numel():
+            return None
+    return [new_tensor(tensor.fake_mode, Layout.of(tensor)) for tensor in tensors]
+
+
+_META = torch.device("meta")
+
+
+def _fake(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) -> FakeTensor:
+    """``FakeTensor(mode, meta, device)`` of a plain ``meta``, with the attributes of the first one that was made so:
+    the constructor's own checks and setters take as long as all else that an answer needs."""
+    attributes: dict[str, Any] | None = mode.__dict__.setdefault("_planner_attributes", {}).get(device)
+    if attributes is None:
+        made = FakeTensor(mode, meta, device)
+        mode.__dict__["_planner_attributes"][device] = {**made.__dict__, "_planner_plain": True}
+        return made
+    made = torch.Tensor._make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device)
+    torch._C._set_throw_on_mutable_data_ptr(made)
+    made.__dict__.update(attributes)
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +131,13 @@ class Answer:
         return made[0] if made else None
 
 
-def described(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Call | None:
+def described(operator: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Call | None:
     """The call as a key, ``None`` for one that has to be asked."""
     if torch.is_inference_mode_enabled():
         return None
-    key: list[Any] = [func]
+    key: list[Any] = [id(operator.func)]
     tensors: list[FakeTensor] = []
-    values = not func._schema.name.startswith("aten::_foreach_")
+    values = not operator.takes_lists
     if not _describe(args, key, tensors, values):
         return None
     if kwargs:
@@ -98,17 +147,20 @@ def described(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Call | 
                 return None
     if not tensors:
         return None
-    if any("_planner_range" in tensor.__dict__ for tensor in tensors):
-        return None
     known = [tensor for tensor in tensors if tensor.__dict__.get("_planner_value") is not None]
-    if known and (len(known) == len(tensors) or func._schema.is_mutable or not _only_layouts_decide(func, known)):
+    if not known:
+        return Call(tuple(key), tensors, operator.is_factory)
+    if operator.is_mutable or not _only_layouts_decide(operator, known):
         return None
-    return Call(tuple(key), tensors)
+    all_known = len(known) == len(tensors)
+    if all_known and not (operator.copies or operator.is_factory):
+        return None
+    return Call(tuple(key), tensors, all_known or operator.is_factory)
 
 
-def _only_layouts_decide(func: Any, known: Sequence[FakeTensor]) -> bool:
+def _only_layouts_decide(operator: Operator, known: Sequence[FakeTensor]) -> bool:
     """Whether the values of the ``known`` arguments have no part in the result's size: they do as indices and masks."""
-    return torch.Tag.pointwise in func.tags or all(tensor.is_floating_point() for tensor in known)
+    return operator.is_pointwise or all(tensor.is_floating_point() for tensor in known)
 
 
 def _describe(items: Iterable[Any], key: list[Any], tensors: list[FakeTensor], values: bool) -> bool:
@@ -124,9 +176,10 @@ def _describe(items: Iterable[Any], key: list[Any], tensors: list[FakeTensor], v
             if values or kind is not float:
                 key.append(item)
         elif isinstance(item, FakeTensor):
-            if item.constant is not None or not _is_plain(item):
+            known = item.__dict__
+            if known["constant"] is not None or "_planner_range" in known or not _is_plain(item):
                 return False
-            key += (item.shape, item.stride(), item.storage_offset(), item.dtype, item.fake_device)
+            key += (item.shape, item.stride(), item.storage_offset(), item.dtype, known["_fake_device"])
             tensors.append(item)
         elif kind is list or kind is tuple:
             key.append(len(item))
@@ -138,8 +191,13 @@ def _describe(items: Iterable[Any], key: list[Any], tensors: list[FakeTensor], v
 
 
 def _is_plain(tensor: FakeTensor) -> bool:
-    dtype = tensor.dtype
-    return tensor.layout is torch.strided and not (dtype.is_complex or tensor.is_quantized or tensor.is_neg())
+    if tensor.dtype.is_complex:
+        return False
+    plain: bool | None = tensor.__dict__.get("_planner_plain")
+    if plain is None:
+        plain = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_neg())
+        tensor.__dict__["_planner_plain"] = plain
+    return plain
 
 
 def answer_of(call: Call, outputs: Any) -> Answer | None:
@@ -147,6 +205,9 @@ def answer_of(call: Call, outputs: Any) -> Answer | None:
     container = type(outputs) if isinstance(outputs, (tuple, list)) else None
     items = outputs if container else () if outputs is None else (outputs,)
     new: set[int] = set()
+    tensors, storages = {}, {}  # where among the arguments each stands first
+    for index, tensor in reversed([*enumerate(call.tensors)]):
+        tensors[id(tensor)], storages[tensor.untyped_storage()._cdata] = index, index
     results: list[Result | Plain] = []
     for item in items:
         if type(item) in _PLAIN:
@@ -154,10 +215,10 @@ def answer_of(call: Call, outputs: Any) -> Answer | None:
             continue
         if not isinstance(item, FakeTensor) or item.constant is not None or item.requires_grad or not _is_plain(item):
             return None
-        if item.__dict__.get("_planner_value") is not None:
+        if not call.has_values and item.__dict__.get("_planner_value") is not None:
             return None
-        result = _result(call, item)
         storage = item.untyped_storage()
+        result = _result(call, item, tensors.get(id(item)), storages.get(storage._cdata))
         if (
             result is None
             or storage._cdata in new
@@ -170,22 +231,24 @@ def answer_of(call: Call, outputs: Any) -> Answer | None:
     return Answer(tuple(results), container)
 
 
-def _result(call: Call, item: FakeTensor) -> Result | None:
-    for index, tensor in enumerate(call.tensors):
-        if tensor is item:
-            return Result(index, None)
-    for index, tensor in enumerate(call.tensors):
-        if tensor.untyped_storage()._cdata == item.untyped_storage()._cdata:
-            same = tensor.dtype is item.dtype and tensor.fake_device == item.fake_device
-            return Result(index, Layout.of(item)) if same else None
-    return Result(None, Layout.of(item))
+def _result(call: Call, item: FakeTensor, itself: int | None, base: int | None) -> Result | None:
+    """``item`` as a result: ``itself`` says which argument it is, ``base`` whose memory it lies in."""
+    if itself is not None:
+        return Result(itself, None)
+    if base is None:
+        return Result(None, Layout.of(item))
+    tensor = call.tensors[base]
+    same = tensor.dtype is item.dtype and tensor.fake_device == item.fake_device
+    return Result(base, Layout.of(item)) if same else None
 
 
 def _dense_bytes(tensor: torch.Tensor) -> int:
     """Bytes of the storage that ``torch.empty_strided`` makes for a tensor of this shape; -1 for one with an offset."""
-    if tensor.storage_offset():
-        return -1
+    return -1 if tensor.storage_offset() else _dense_elements(tensor) * tensor.element_size()
+
+
+def _dense_elements(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last."""
     if tensor.numel() == 0:
         return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(last + 1) * tensor.element_size()
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

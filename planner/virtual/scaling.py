@@ -40,8 +40,8 @@ class TraceFamily:
         self._trace = trace
         self._start = start
         self._traces: dict[int, Trace] = {}
-        self._holds = False
-        """Whether a trace at another size than the first two was what these foretold."""
+        self._checked = 0
+        """The largest size at which a trace was what others had foretold; 0: none yet, or the last one was not."""
 
     @property
     def traced_sizes(self) -> tuple[int, ...]:
@@ -82,20 +82,26 @@ class TraceFamily:
         )
         return Scaled(events_of(second, sizes), second, False, doubts)
 
-    def checked(self, batch_size: int) -> Scaled:
-        """The events at ``batch_size`` as a trace has shown them: one at this size, or, where one was already taken to
-        check how sizes scale and was as foretold, scaled.
+    def checked(self, batch_size: int, meanwhile: Callable[[Scaled], None] = lambda foretold: None) -> Scaled:
+        """The events at ``batch_size`` as a trace has shown them: one at this size, or, where one that was taken to
+        check how sizes scale was as foretold, scaled. That one speaks for the sizes below it and a few above: further
+        up a kernel may take another path, so that another trace is taken.
 
-        The only size that is asked for is traced alone.
+        The only size that is asked for is traced alone. ``meanwhile`` is called with what was foretold once the trace
+        that checks it has been started.
         """
-        if self._holds or not self._traces:
-            return self.scaled(batch_size) if self._holds else self.traced(batch_size)
+        if not self._traces:
+            return self.traced(batch_size)
+        if self._checked and batch_size <= self._checked + max(_NEAR, self._checked // _NEAR):
+            return self.scaled(batch_size)
         scaled = self.scaled(batch_size)
         if scaled.exact:
             return scaled
+        self._start([batch_size])
+        meanwhile(scaled)
         traced = self.traced(batch_size)
         agree = scaled.events.order == traced.events.order and list(scaled.events.sizes) == list(traced.events.sizes)
-        self._holds = agree
+        self._checked = max(self._checked, batch_size) if agree else 0
         return traced if agree else replace(traced, surprising=True)
 
     def _nearest_pair(self, batch_size: int) -> tuple[int, int] | None:
@@ -111,6 +117,9 @@ class TraceFamily:
 
 _FIRST = (2, 5)
 """Where a family is traced first. Not 1: dimensions of size 1 make tensors contiguous that otherwise are not."""
+
+_NEAR = 8
+"""A check speaks for so many samples above it, and for one in so many of its own: a search ends within five."""
 
 
 def events_of(trace: Trace, sizes: list[int]) -> Events:

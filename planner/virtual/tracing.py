@@ -60,6 +60,7 @@ def build(spec: Spec, architecture: Architecture) -> Built:
 
     prepare(architecture)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # the recorder has answers to equal calls (``planner.virtual.repeats``)
     with mode, Recorder(Kernels(architecture)):
         return Built(mode, build_model(spec))
 

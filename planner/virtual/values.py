@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,18 +34,41 @@ _FACTORIES = {
     ones_like full_like new_zeros new_ones new_full randint_like randperm""".split()
     if (packet := getattr(aten, name, None)) is not None
 }
+_FILLED = {aten.zeros: 0, aten.zeros_like: 0, aten.new_zeros: 0, aten.ones: 1, aten.ones_like: 1, aten.new_ones: 1}
 # The virtual GPU assumes that no gradient overflows, so this leaves ``found_inf`` as it was: zero.
 _KEEPS_VALUES = {aten._amp_foreach_non_finite_check_and_unscale_.default}
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """The value of a tensor whose elements are all the same ``number``: made when it is first looked at.
+
+    An optimizer's state begins as zeros, as large as small layers are, that nobody looks at.
+    """
+
+    number: complex
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def made(self) -> torch.Tensor:
+        with torch._C._DisableTorchDispatch(), torch.no_grad():
+            return torch.full(self.shape, self.number, dtype=self.dtype, device="cpu")
 
 
 def value_of(tensor: object) -> torch.Tensor | None:
     """The tensor's real value on the CPU, or ``None`` where it is not known."""
     if isinstance(tensor, FakeTensor):
-        known: torch.Tensor | None = tensor.__dict__.get("_planner_value")
+        known: torch.Tensor | Filled | None = tensor.__dict__.get("_planner_value")
+        if isinstance(known, Filled):
+            known = tensor.__dict__["_planner_value"] = known.made()
         return None if known is not None and known.untyped_storage()._cdata in _overwritten else known
     if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and type(tensor) is torch.Tensor:
         return tensor
     return None
+
+
+def is_filled(tensor: object) -> bool:
+    return isinstance(tensor, FakeTensor) and isinstance(tensor.__dict__.get("_planner_value"), Filled)
 
 
 def mark_assumed(tensor: FakeTensor) -> None:
@@ -59,7 +84,7 @@ def is_assumed(*arguments: Any) -> bool:
     """Whether any tensor among ``arguments`` has a value that follows from an assumption."""
     if not _assumed:
         return False
-    known = (value_of(item) for item in tree_leaves(arguments) if isinstance(item, FakeTensor))
+    known = (value_of(item) for item in tree_leaves(arguments) if isinstance(item, FakeTensor) and not is_filled(item))
     return any(value is not None and value.untyped_storage()._cdata in _assumed for value in known)
 
 
@@ -77,7 +102,7 @@ _overwritten: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
 def _forget(tensor: torch.Tensor) -> None:
     """Drop the values of ``tensor`` and of whatever shares its memory."""
-    known = value_of(tensor)
+    known = None if is_filled(tensor) else value_of(tensor)
     if known is not None:
         storage = known.untyped_storage()
         key = storage._cdata
@@ -85,33 +110,67 @@ def _forget(tensor: torch.Tensor) -> None:
     set_value(tensor, None)
 
 
-def set_value(tensor: torch.Tensor, value: torch.Tensor | None) -> None:
+def set_value(tensor: torch.Tensor, value: torch.Tensor | Filled | None) -> None:
     tensor.__dict__["_planner_value"] = value
 
 
-def _limit(tensor: torch.Tensor) -> int:
+def is_factory(func: Any) -> bool:
+    """Whether it makes a tensor of values that follow from no other tensor's."""
+    return func._overloadpacket in _FACTORIES
+
+
+def _limit(shape: Sequence[int], dtype: torch.dtype) -> int:
     """Elements up to which the value of a tensor like this is kept."""
-    return _TABLE_LIMIT if tensor.dim() <= 2 and not (tensor.is_floating_point() or tensor.is_complex()) else _LIMIT
+    return _TABLE_LIMIT if len(shape) <= 2 and not (dtype.is_floating_point or dtype.is_complex) else _LIMIT
+
+
+def _made_limit(func: Any, shape: Sequence[int], dtype: torch.dtype) -> int:
+    """The same for what a factory makes."""
+    # Zeros of whole numbers: ``one_hot`` makes them, and marks in them what a router chose.
+    return _LARGE_ZEROS if func._overloadpacket is aten.zeros and dtype is torch.int64 else _limit(shape, dtype)
+
+
+def _filled(func: Any, args: Any, kwargs: Any) -> Filled | None:
+    """What a factory of equal elements makes, ``None`` where that is not plainly a contiguous tensor."""
+    number, like = _FILLED.get(func._overloadpacket), args[0]
+    if number is None or set(kwargs) - {"dtype", "device", "pin_memory", "memory_format", "layout"}:
+        return None
+    if kwargs.get("layout") not in (None, torch.strided):
+        return None
+    if kwargs.get("memory_format") not in (None, torch.preserve_format, torch.contiguous_format):
+        return None
+    if not isinstance(like, torch.Tensor):
+        return Filled(number, torch.Size(like), kwargs.get("dtype") or torch.get_default_dtype())
+    known = None if is_filled(like) else value_of(like)
+    if known is not None and not known.is_contiguous():
+        return None
+    shape = like.shape if len(args) == 1 else torch.Size(args[1])
+    return Filled(number, shape, kwargs.get("dtype") or like.dtype)
 
 
 def compute_values(func: Any, args: Any, kwargs: Any) -> Any:
     """The operator's result on the CPU where every input is known and small; else ``UNKNOWN``."""
     tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
-    shape_only = func._overloadpacket in _FACTORIES
+    shape_only = is_factory(func)
     if not tensors and not shape_only:
         return UNKNOWN
     assumed = is_assumed(tensors)
     elementwise = expanded.is_elementwise(func)
+    as_stored = elementwise or func.is_view
     if not shape_only:
         for item in tensors:
-            value = value_of(item)
-            if value is None:
+            value = None if is_filled(item) else value_of(item)
+            if value is None and not is_filled(item):
                 return UNKNOWN
-            count = expanded.num_stored(value) if elementwise or func.is_view else item.numel()
-            if count > (MAX_ASSUMED if assumed else _limit(item)):
+            count = item.numel() if value is None or not as_stored else expanded.num_stored(value)
+            if count > (MAX_ASSUMED if assumed else _limit(item.shape, item.dtype)):
                 return UNKNOWN
     if func._schema.is_mutable:
         _own_values(func, args)
+
+    filled = _filled(func, args, kwargs) if shape_only else None
+    if filled is not None:
+        return UNKNOWN if filled.shape.numel() > _made_limit(func, filled.shape, filled.dtype) else filled
 
     def real(item: Any) -> Any:
         if isinstance(item, torch.Tensor):
@@ -125,7 +184,7 @@ def compute_values(func: Any, args: Any, kwargs: Any) -> Any:
         real_args, real_kwargs = tree_map(real, args), tree_map(real, kwargs)
         if shape_only:
             made = func(*real_args, **{**real_kwargs, "device": "meta"})
-            if made.numel() > (_LARGE_ZEROS if _is_for_choices(func, made) else _limit(made)):
+            if made.numel() > _made_limit(func, made.shape, made.dtype):
                 return UNKNOWN  # host memory is not the GPU's: nothing large is made here
         if func._overloadpacket is aten.histc and not real_args[0].is_floating_point():  # CUDA's counts whole numbers
             result = func(real_args[0].double(), *real_args[1:], **real_kwargs).to(real_args[0].dtype)
@@ -150,11 +209,6 @@ def compute_values(func: Any, args: Any, kwargs: Any) -> Any:
 _LARGE_ZEROS = 1 << 24
 
 
-def _is_for_choices(func: Any, made: torch.Tensor) -> bool:
-    """Zeros of whole numbers: ``one_hot`` makes them, and marks in them what a router chose."""
-    return func._overloadpacket is aten.zeros and made.dtype is torch.int64
-
-
 def _show_range(drawn: torch.Tensor, args: Any) -> None:
     """Put the lowest and the highest value among random integers: an epoch of real data has both."""
     bounds = [item for item in args if isinstance(item, int)]  # high, or low and high; the size is a list
@@ -169,8 +223,9 @@ def _own_values(func: Any, args: Any) -> None:
     written = args[0] if args else None
     known = value_of(written)
     if isinstance(written, FakeTensor) and known is not None and expanded.is_shared(known):
+        small = known.numel() <= _limit(known.shape, known.dtype)
         with unset_fake_temporarily():
-            own = known.clone(memory_format=torch.contiguous_format) if known.numel() <= _limit(known) else None
+            own = known.clone(memory_format=torch.contiguous_format) if small else None
         _forget(written)
         set_value(written, own)
 
@@ -199,14 +254,15 @@ def adopt_constants(outputs: Any) -> None:
 def attach_values(outputs: Any, values: Any, *, assumed: bool = False) -> None:
     """Tie the real results to their fakes; of large ones their range alone."""
     for fake, real in zip(tree_leaves(outputs), tree_leaves(values), strict=True):
-        if not isinstance(fake, FakeTensor) or not isinstance(real, torch.Tensor):
+        if not isinstance(fake, FakeTensor) or not isinstance(real, (torch.Tensor, Filled)):
             continue
-        most = MAX_ASSUMED if assumed else _LARGE_ZEROS if real.dtype is torch.int64 else _limit(real)
-        if expanded.num_stored(real) <= most:
+        limit = _LARGE_ZEROS if real.dtype is torch.int64 else _limit(real.shape, real.dtype)
+        stored = expanded.num_stored(real) if isinstance(real, torch.Tensor) else real.shape.numel()
+        if stored <= (MAX_ASSUMED if assumed else limit):
             set_value(fake, real)
             if assumed:
                 mark_assumed(fake)
-        elif real.dtype in _WHOLE:
+        elif real.dtype in _WHOLE and isinstance(real, torch.Tensor):
             with unset_fake_temporarily():
                 fake.__dict__["_planner_range"] = int(real.min()), int(real.max())
 

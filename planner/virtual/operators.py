@@ -1,0 +1,84 @@
+"""What the recorder has to know of an operator itself, looked up once: dispatch is asked tens of thousands of times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planner.virtual.backend import kernels_beside_decompositions
+from planner.virtual.kernels import has_handles, is_modelled
+from planner.virtual.values import is_factory
+
+aten = torch.ops.aten
+
+_READS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
+_COPIES = {aten._to_copy.default, aten.detach.default, aten.unsqueeze.default}
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One overload of an operator."""
+
+    func: Any
+    packet: Any
+    name: str
+    """With its namespace: ``aten::add``."""
+    is_question: bool
+    """Of a tensor's metadata: no work."""
+    is_composite: bool
+    """CUDA runs it as its parts."""
+    writes_lists: bool
+    """An optimizer's kernel that writes into lists of tensors, allocates nothing and returns nothing."""
+    takes_lists: bool
+    """Any kernel of that family: no size follows from a number that it is given."""
+    reads: bool
+    """It tells the value of a tensor."""
+    is_mutable: bool
+    is_modelled: bool
+    has_handles: bool
+    """It calls libraries that keep a workspace for each thread."""
+    is_factory: bool
+    """It makes values that follow from no other tensor's."""
+    copies: bool
+    """Of known values it makes known ones, in a layout that follows from its argument's."""
+    is_pointwise: bool
+
+    @classmethod
+    def of(cls, func: Any) -> Operator:
+        found = _known.get(id(func))
+        if found is None:
+            schema = func._schema
+            takes_lists = schema.name.startswith("aten::_foreach_")
+            found = _known[id(func)] = cls(
+                func=func,
+                packet=func._overloadpacket,
+                name=schema.name,
+                is_question=func.namespace == "prim",
+                is_composite=_is_composite(func),
+                writes_lists=takes_lists and not schema.returns,
+                takes_lists=takes_lists,
+                reads=func in _READS,
+                is_mutable=schema.is_mutable,
+                is_modelled=is_modelled(func._overloadpacket),
+                has_handles=has_handles(func._overloadpacket),
+                is_factory=is_factory(func),
+                copies=func in _COPIES,
+                is_pointwise=torch.Tag.pointwise in func.tags,
+            )
+        return found
+
+
+_known: dict[int, Operator] = {}
+"""By the overload's id, which it keeps since it is kept: hashing one runs Python."""
+
+
+def _is_composite(func: Any) -> bool:
+    """Whether CUDA runs ``func`` as its parts; ``silu_backward`` has a decomposition too, but a kernel before it."""
+    return (
+        func.namespace == "aten"
+        and func not in _READS
+        and bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+        and func.name() not in kernels_beside_decompositions()
+    )
