@@ -29,7 +29,7 @@ from planner.specs.variants import Checkpointing, Compile, Precision, Variant
 DATA = Path("measurements/h200")
 TOTAL_BYTES = 150_109_880_320
 SMALL = 5
-MEASURED = ("peaks", "unseen-1", "unseen-2")
+MEASURED = ("peaks", "unseen-1", "unseen-2", "unseen-3")
 TORCH_MEASURED = (2, 11)  # kernels are chosen as the torch of the measurements chose them
 
 
