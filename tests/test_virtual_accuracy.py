@@ -98,7 +98,7 @@ def _convolutional(case: str, precision: str) -> tuple[dict[str, Any], dict[str,
     return yaml.safe_load((ROOT / f"measurements/specs/{case}.yaml").read_text()), measured
 
 
-@pytest.mark.parametrize(("case", "precision"), [("convnext-tiny-timm", "fp32"), ("unet-256", "fp32")])
+@pytest.mark.parametrize(("case", "precision"), [("convnext-tiny-timm", "fp32"), ("resnext50-timm", "fp32")])
 def test_each_event_of_a_convolutional_net_is_the_recorded_one(process: Process, case: str, precision: str) -> None:
     """Two steps at batch size 4: every birth and death, in order, in the allocator's multiples of 512 bytes."""
     spec, measured = _convolutional(case, precision)
