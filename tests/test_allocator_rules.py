@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from planner.allocator import AllocatorConfig, CachingAllocator, OutOfMemory, snapshot
-from planner.allocator.driver import ScatteredAddresses
+from planner.allocator import AllocatorConfig, CachingAllocator, Events, OutOfMemory, replay, snapshot
+from planner.allocator.driver import ScatteredAddresses, TopDownAddresses
 from planner.units import GIB, KIB, MIB
 
 BASE = 1 << 40
@@ -24,6 +24,9 @@ class Ascending:
 
     def release(self, address: int, size: int) -> None:
         self.released.append((address, size))
+
+    def load_kernels(self) -> None:
+        """Changes nothing."""
 
 
 def allocator(capacity: int | None = None, **settings) -> CachingAllocator:
@@ -362,3 +365,63 @@ def test_scattered_segments_never_overlap_and_are_the_same_for_a_seed() -> None:
     found = placed(1)
     assert all(address + size <= following for (address, size), (following, _) in pairwise(found))
     assert found == placed(1) != placed(2)
+
+
+def _mib_from(first: int, addresses: list[int]) -> list[int]:
+    return [(address - first) // MIB for address in addresses]
+
+
+def test_a_range_that_is_free_again_leaves_a_gap_whose_top_the_next_one_gets() -> None:
+    """As recorded in golden/traces/gc.trace.json.gz: 0x7f5f840 MiB and below, two ranges of 224 and 256 MiB freed."""
+    addresses = TopDownAddresses()
+    upper, lower, last = (addresses.reserve(size * MIB) for size in (224, 228, 80))
+    assert _mib_from(upper, [lower, last]) == [-256, -352]
+    addresses.release(upper, 224 * MIB)
+    addresses.release(lower, 228 * MIB)
+    assert _mib_from(upper, [addresses.reserve(184 * MIB), addresses.reserve(248 * MIB)]) == [0x20, 0x20 - 256]
+
+
+def test_a_segment_goes_to_the_newest_range_with_room_for_it() -> None:
+    """As recorded for gpt2 (measurements/h200/spread.json.gz): 20 MiB for each of the weights, then 12 MiB each."""
+    addresses = TopDownAddresses()
+    addresses.reserve(24 * MIB)  # what CUDA's start left
+    weights = [addresses.reserve(20 * MIB) for _ in range(4)]
+    later = [addresses.reserve(12 * MIB) for _ in range(4)]
+    assert [address - 20 * MIB for address in later] == weights[::-1]
+
+
+def test_loading_the_first_kernel_frees_memory_below_what_the_start_left() -> None:
+    """As recorded for vit in fp32 (measurements/h200/peaks.json.gz): 64 MiB of cuBLAS before each workspace of 32."""
+    addresses = TopDownAddresses()
+    small = addresses.reserve(2 * MIB)
+    weights = [addresses.reserve(20 * MIB) for _ in range(2)]
+    assert weights[1] < weights[0] > small
+    addresses.load_kernels()
+    placed = [addresses.reserve(size * MIB) for size in (20, 64, 32, 20, 20, 64, 32, 20)]
+    assert _mib_from(small, placed) == [offset - 414 for offset in (0, 20, 84, 116, 136, 156, 220, 252)]
+    addresses.load_kernels()
+    assert addresses.reserve(20 * MIB) == placed[-1] + 20 * MIB
+
+
+def test_a_replay_loads_kernels_at_the_first_step_and_libraries_take_their_share() -> None:
+    class Logged(Ascending):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[str] = []
+
+        def reserve(self, size: int) -> int:
+            self.calls.append(f"{size // MIB}")
+            return super().reserve(size)
+
+        def load_kernels(self) -> None:
+            self.calls.append("kernels")
+
+    addresses = Logged()
+    sizes = [30 * MIB, 40 * MIB, 32 * MIB]
+    events = Events([0, 1, 2, ~1], sizes, steps=[(1, 4)], library_bytes={2: 64 * MIB})
+    result = replay(events, addresses=addresses)
+    assert addresses.calls == ["30", "kernels", "40", "64", "32"]
+    assert (result.peak_reserved_bytes, result.num_steps) == (102 * MIB, 1)
+    warm = Logged()
+    replay(Events([0, 1, 2, ~1], sizes), addresses=warm)
+    assert warm.calls == ["kernels", "30", "40", "32"]

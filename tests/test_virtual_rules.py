@@ -64,9 +64,10 @@ def _sized(steps: Any) -> list[tuple[str, int]]:
 def test_each_thread_keeps_one_cublas_workspace(architecture: Architecture, size: int) -> None:
     kernels = Kernels(architecture)
     call = Call(aten.mm, (_meta(8, 8), _meta(8, 8)), {}, [128])
-    assert _sized(kernels.layout(call, "forward")) == [("output", 0), ("kept", size)]
+    handle = ("library", 64 * MIB)
+    assert _sized(kernels.layout(call, "forward")) == [("output", 0), handle, ("kept", size)]
     assert _sized(kernels.layout(call, "forward")) == [("output", 0)]
-    assert _sized(kernels.layout(call, "backward")) == [("output", 0), ("kept", size)]
+    assert _sized(kernels.layout(call, "backward")) == [("output", 0), handle, ("kept", size)]
     biased = Call(aten.addmm, (_meta(8), _meta(8, 8), _meta(8, 8)), {}, [128])
     assert _sized(kernels.layout(biased, "forward")) == [("output", 0), ("kept", MIB)]
 

@@ -51,6 +51,7 @@ def memory_snapshot(
         trace.append({**entry, "action": "oom", "device_free": 0, "size": error.segment_bytes})
 
     for index, event in enumerate(events.order):
+        events.prepare(index, allocator.driver.addresses)
         block = event if event >= 0 else ~event
         stream = 0 if events.streams is None else events.streams[block]
         size, frames = events.sizes[block], stack(block)

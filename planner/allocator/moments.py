@@ -43,6 +43,7 @@ def moments(
     found: dict[int, Moment] = {}
     workspaces = Workspaces(events)
     for index, event in enumerate(events.order[: last + 1]):
+        events.prepare(index, allocator.driver.addresses)
         if event < 0:
             if ~event in addresses:
                 allocator.free(addresses.pop(~event))

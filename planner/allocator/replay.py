@@ -48,8 +48,24 @@ class Events:
     """Where the last step can be taken again as it is: the blocks of earlier steps that it frees, and which of its own
     it leaves in the place of each."""
 
+    library_bytes: Mapping[int, int] = field(default_factory=dict)
+    """What libraries take from the driver themselves before an event, by its index. It counts to no figure here, but
+    lies among the segments."""
+
     def __len__(self) -> int:
         return len(self.order)
+
+    @property
+    def first_kernel(self) -> int:
+        """The event from which on kernels run: weights are copied before the first step; 0 where no step is known."""
+        return self.steps[0][0] if self.steps else 0
+
+    def prepare(self, index: int, addresses: AddressSpace) -> None:
+        """What the driver does before event ``index``, beside what the allocator asks of it."""
+        if index == self.first_kernel:
+            addresses.load_kernels()
+        if index in self.library_bytes:
+            addresses.reserve(self.library_bytes[index])
 
     def live_after(self, index: int) -> list[int]:
         """The blocks that are live after event ``index``, in the order of their allocation."""
@@ -163,13 +179,14 @@ def replay(
     taken_after_step: list[int] = []
 
     def spans() -> Iterator[tuple[int, int]]:
-        for start, end in pairwise((0, *(end for _, end in events.steps))):
+        ends = {end for _, end in events.steps}
+        for start, end in pairwise(sorted({0, events.first_kernel, *events.library_bytes, *ends, len(events)})):
+            events.prepare(start, allocator.driver.addresses)
             yield start, end
-            allocated_after_step.append(allocator.allocated_bytes)
-            taken_after_step.append(allocator.driver.taken_bytes)
-        if not events.steps:
-            yield 0, len(events)
-        elif events.successors is not None and goes_on is not None:
+            if end in ends:
+                allocated_after_step.append(allocator.allocated_bytes)
+                taken_after_step.append(allocator.driver.taken_bytes)
+        if events.successors is not None and goes_on is not None:
             while goes_on(allocated_after_step, taken_after_step):
                 for block, successor in events.successors.items():
                     where[block] = where[successor]

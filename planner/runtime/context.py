@@ -52,7 +52,9 @@ class Context:
             torch.cuda.set_device(device)
             total_bytes = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(memory_fraction(capacity_bytes, total_bytes), device)
-            torch.zeros(1, device=device)  # the context exists from the first tensor on
+            # The context exists from the first tensor on. No kernel here: one that runs before the weights come changes
+            # where the driver places them, and by that what a step reserves (``planner.allocator.driver``).
+            torch.empty(1, device=device)
             torch.cuda.synchronize(device)
         except (RuntimeError, AssertionError) as error:
             raise DeviceUnavailable(f"torch cannot use this GPU: {first_line(error)}") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from planner.units import MIB
 from planner.virtual import attention_kernels, convolution_kernels, ctc, index_kernels, recurrent_kernels
 from planner.virtual.architecture import Architecture
 from planner.virtual.reductions import partial_results
@@ -41,6 +42,8 @@ class Kernels:
     def of_handles(self, packet: Any, thread: str) -> Iterator[Step]:
         """What the libraries that ``packet`` calls keep from the first call on each thread."""
         if packet in _GEMMS:
+            if ("cublas", thread) not in self._handles:
+                yield "library", CUBLAS_HANDLE_BYTES
             yield from self._workspace("cublas", thread, self.architecture.cublas_workspace_bytes)
             if packet is aten.addmm:
                 yield from self._workspace("cublaslt", thread, self.architecture.cublaslt_workspace_bytes)
@@ -60,6 +63,10 @@ class Kernels:
             yield "free", 0
             yield "kept", self.architecture.cudnn_dropout_state_bytes
 
+
+CUBLAS_HANDLE_BYTES = 64 * MIB
+"""What lies before the workspace of each handle among the segments that an H200 recorded, with CUDA 13.0
+(``measurements/h200/spread.json.gz``)."""
 
 _GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addmv, aten.mv}
 

@@ -274,6 +274,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             elif kind == "doubt":
                 assert isinstance(value, Formula)
                 trace.doubts.append(Doubt(name.removeprefix("aten::"), value, modelled=True))
+            elif kind == "library":
+                assert isinstance(value, int)
+                trace.library_bytes[len(trace.events)] = value
             else:
                 block = trace.allocate(value, name, owner, Purpose.WORKSPACE)
                 if kind != "kept":

@@ -18,7 +18,8 @@ Step = tuple[str, int | Formula]
 ends, last first; ``("workspace", bytes)``: a temporary that the kernel can do without, should it be refused; ``("kept",
 bytes)``: for the life of the process; ``("free", i)``: the newest temporary but ``i`` is freed now; ``("size",
 bytes)``: the storage of the next output is so large, whatever its shape; ``("doubt", bytes)``: nothing is allocated,
-but the call may take up to so much more or less. An output that no step names is in host memory."""
+but the call may take up to so much more or less; ``("library", bytes)``: a library takes them from the driver
+itself. An output that no step names is in host memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,14 @@ def events_of(trace: Trace, sizes: list[int]) -> Events:
     Of 57,080 lists of plans that an H200 gave, each ended with such a one, mostly second to the sizes like the first.
     """
     plans = {block: Plans(number, (sizes[block], 0)) for block, number in trace.convolutions.items()}
-    return Events(trace.events, sizes, plans=plans, steps=trace.steps, successors=trace.successors)
+    return Events(
+        trace.events,
+        sizes,
+        plans=plans,
+        steps=trace.steps,
+        successors=trace.successors,
+        library_bytes=trace.library_bytes,
+    )
 
 
 def _largest(doubts: Iterable[tuple[str, int, bool]]) -> tuple[tuple[str, int, bool], ...]:

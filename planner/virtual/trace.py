@@ -104,6 +104,8 @@ class Trace:
     """Where what a kernel allocates is not known exactly, in the order of the calls."""
     successors: dict[int, int] | None = None
     """Of the last step, as ``planner.allocator.Events`` has them."""
+    library_bytes: dict[int, int] = field(default_factory=dict)
+    """As ``planner.allocator.Events`` has them."""
     notes: list[str] = field(default_factory=list)
     """What was assumed, in sentences that the user must see."""
     owners: list[tuple[str, str]] = field(default_factory=lambda: [("", "")])
