@@ -220,8 +220,8 @@ def _predict(device: Device, spec: Spec, variant: Variant, batch_size: int, near
         if not (error.field or "").startswith("variants."):
             raise
         reason = f"nothing is known of this variant: {error.message}"
-        return VariantVerdict(variant=variant, kind=VerdictKind.UNKNOWN, reason=reason, source=None, notes=tuple(near))
     except ChildError as error:  # it was killed or hung: that says nothing about the work
         reason = f"the prediction did not finish: {error}"
-        return VariantVerdict(variant=variant, kind=VerdictKind.UNKNOWN, reason=reason, source=None, notes=tuple(near))
-    return judge_predicted(variant, trial, device.capacity_bytes, near)
+    else:
+        return judge_predicted(variant, trial, device.capacity_bytes, near)
+    return VariantVerdict(variant=variant, kind=VerdictKind.UNKNOWN, reason=reason, source=None, notes=tuple(near))

@@ -178,21 +178,23 @@ def replay(
     allocated_after_step: list[int] = []
     taken_after_step: list[int] = []
 
+    def step_ended() -> None:
+        allocated_after_step.append(allocator.allocated_bytes)
+        taken_after_step.append(allocator.driver.taken_bytes)
+
     def spans() -> Iterator[tuple[int, int]]:
         ends = {end for _, end in events.steps}
         for start, end in pairwise(sorted({0, events.first_kernel, *events.library_bytes, *ends, len(events)})):
             events.prepare(start, allocator.driver.addresses)
             yield start, end
             if end in ends:
-                allocated_after_step.append(allocator.allocated_bytes)
-                taken_after_step.append(allocator.driver.taken_bytes)
+                step_ended()
         if events.successors is not None and goes_on is not None:
             while goes_on(allocated_after_step, taken_after_step):
                 for block, successor in events.successors.items():
                     where[block] = where[successor]
                 yield events.steps[-1]
-                allocated_after_step.append(allocator.allocated_bytes)
-                taken_after_step.append(allocator.driver.taken_bytes)
+                step_ended()
 
     try:
         for start, end in spans():

@@ -206,7 +206,8 @@ def _reads(config: Any, key: str) -> bool:
     if configuration is None or not key.isidentifier():
         return False
     looked_for = re.compile(rf'getattr\(\s*(self\.)?config,\s*"{key}"')
-    return any(looked_for.search(path.read_text()) for path in Path(configuration).parent.glob("modeling_*.py"))
+    sources = Path(configuration).parent.glob("modeling_*.py")
+    return any(looked_for.search(path.read_text(encoding="utf-8")) for path in sources)
 
 
 _IMPLEMENTATIONS = {"attn_implementation", "experts_implementation"}
