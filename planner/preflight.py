@@ -64,6 +64,8 @@ def preflight(
         if decided is None:
             near = near_matches([found for found in stored if found not in comparable], here, batch_size, usable)
             decided = _doubted(_predict(device, spec, variant, batch_size, near), leaking)
+        elif _rests_on_a_size_near_by(decided, batch_size):
+            decided = _contradicted(decided, _predict(device, spec, variant, batch_size, ()), usable)
         verdicts.append(decided)
     return Verdict(
         spec_hash=spec.hash,
@@ -161,6 +163,24 @@ def _doubted(predicted: VariantVerdict, leaking: Sequence[StoredTrial]) -> Varia
         return predicted
     reason = f"{predicted.reason}, but there is, measured, {leak.sentence()}"
     return replace(predicted, kind=VerdictKind.UNKNOWN, reason=reason)
+
+
+def _rests_on_a_size_near_by(measured: VariantVerdict, batch_size: int) -> bool:
+    """Whether "fits" was measured at a larger batch size, of less than twice as many samples.
+
+    Fragmentation can let a larger batch fit where a smaller one runs out of memory: gpt2 in fp32 with checkpointing
+    under 16 GiB on an H200 ran out at 18, and is predicted to fit at 22. What a block is rounded up by cannot make up
+    for half of the samples.
+    """
+    size = measured.evidence_batch_size
+    return measured.kind is VerdictKind.FITS and size is not None and batch_size < size < 2 * batch_size
+
+
+def _contradicted(measured: VariantVerdict, predicted: VariantVerdict, capacity_bytes: int) -> VariantVerdict:
+    """A larger size's measured "fits" beside a prediction of the asked one: where that runs out, neither decides."""
+    if predicted.peaks is None or predicted.peaks.reserved_bytes <= capacity_bytes:
+        return measured
+    return replace(measured, kind=VerdictKind.UNKNOWN, reason=f"{measured.reason}, but {predicted.reason}")
 
 
 def near_matches(

@@ -97,7 +97,9 @@ class _Runner:
         act = script.pop(0) if script else (Outcome.FITS if batch_size <= largest else Outcome.OOM)
         if isinstance(act, BaseException):
             raise act
-        reserved = min(GIB + (device.capacity_bytes - GIB) * batch_size // (largest + 1), device.capacity_bytes)
+        reserved = GIB + (device.capacity_bytes - GIB) * batch_size // (largest + 1)
+        if measured:  # a prediction says what would be taken without the limit
+            reserved = min(reserved, device.capacity_bytes)
         return Trial(
             batch_size=batch_size,
             outcome=act,

@@ -79,7 +79,19 @@ def test_a_stored_measurement_answers_without_a_prediction(trials, kind, evidenc
     assert variant.evidence_batch_size == evidence
     assert f"batch size {evidence}" in variant.reason
     assert "driver 580.1" in variant.reason
-    assert not made[0][1].runs
+    assert made[0][1].sizes() == ([9] if 9 < evidence < 18 else [])  # only a larger size near by needs a second look
+
+
+def test_a_larger_size_that_fitted_does_not_decide_where_the_asked_one_is_predicted_to_run_out():
+    store = store_with(make_trial(12), make_trial(13, Outcome.OOM))
+    (variant,) = ask(11, store=store).variants
+    assert (variant.kind, variant.source, variant.evidence_batch_size) == (UNKNOWN, Source.MEASURED, 12)
+    assert "measured: batch size 12 fitted in 16.00 GiB" in variant.reason
+    assert "but predicted: needs 20.00 GiB to 30.00 GiB, more than 16.00 GiB" in variant.reason
+    assert ask(12, store=store).kind is FITS  # it ran itself
+    assert ask(6, store=store).kind is FITS  # half of the samples
+    failing = {(FP32, 11): [Outcome.FAILED]}
+    assert ask(11, store=store, script=failing).kind is FITS  # nothing predicted, nothing contradicts
 
 
 @pytest.mark.parametrize(
