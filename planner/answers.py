@@ -12,6 +12,7 @@ from planner.errors import InvalidSpec, PlannerError
 from planner.specs.model import Spec
 from planner.specs.variants import Variant
 from planner.trials import Environment, Plan, PlanStatus, Trial
+from planner.units import format_bytes
 
 
 class TrialFailed(PlannerError):
@@ -109,3 +110,13 @@ def explained_size(plan: Plan) -> int:
 def notes_of(trials: Sequence[Trial]) -> list[str]:
     """What the device said must be read beside the figures of these trials, each sentence once."""
     return list(dict.fromkeys(str(note) for trial in trials for note in trial.details.get("notes", ())))
+
+
+def doubts_of(trial: Trial, capacity_bytes: int) -> list[str]:
+    """What a reader of a predicted "fits" or "does not fit" must know: that the gate would not say it."""
+    if trial.reserved_interval is None or not trial.reserved_interval.is_around(capacity_bytes):
+        return []
+    return [
+        f"batch size {trial.batch_size} is too close to {format_bytes(capacity_bytes)} for a prediction to be sure: "
+        "planner preflight says not enough evidence; measure it with planner probe"
+    ]

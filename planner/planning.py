@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from planner.ahead import Ahead
-from planner.answers import Answers, explained_size, notes_of
+from planner.answers import Answers, doubts_of, explained_size, notes_of
 from planner.choices import (
     TIMED_STEPS,
     accumulate,
@@ -429,7 +429,7 @@ class _VariantWork:
             self._predicted(predictor)
             return self.answers.failed(trial, (), self.predicted_failure)
         details, notes = leak_details(trial, self.capacity_bytes)
-        notes = [*notes_of([trial]), *notes]
+        notes = [*notes_of([trial]), *doubts_of(trial, self.capacity_bytes), *notes]
         fits = None if "leak" in details else trial.fits
         return self.answers.planned(trial, notes, batch_size=batch_size, fits=fits, details=details)
 

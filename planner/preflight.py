@@ -206,12 +206,12 @@ def judge_predicted(variant: Variant, trial: Trial, capacity_bytes: int, notes: 
         leak = leak_of(trial, capacity_bytes)
         if interval.high_bytes <= capacity_bytes and leak is not None:
             kind, reason = VerdictKind.UNKNOWN, f"{needs}, within {limit}, but there is {leak.sentence()}"
+        elif interval.is_around(capacity_bytes):
+            kind, reason = VerdictKind.UNKNOWN, f"{needs}, too close to {limit} to say; measure it with planner probe"
         elif interval.high_bytes <= capacity_bytes:
             kind, reason = VerdictKind.FITS, f"{needs}, within {limit}"
-        elif interval.low_bytes > capacity_bytes:
-            kind, reason = VerdictKind.DOES_NOT_FIT, f"{needs}, more than {limit}"
         else:
-            kind, reason = VerdictKind.UNKNOWN, f"{needs}, too close to {limit} to say; measure it with planner probe"
+            kind, reason = VerdictKind.DOES_NOT_FIT, f"{needs}, more than {limit}"
     return VariantVerdict(
         variant=variant,
         kind=kind,

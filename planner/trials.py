@@ -61,6 +61,10 @@ class Interval:
     basis: str
     """One sentence: which measured cases the width comes from, and what widened it."""
 
+    def is_around(self, capacity_bytes: int) -> bool:
+        """Whether the capacity may or may not suffice: the gate then says "not enough evidence"."""
+        return self.low_bytes <= capacity_bytes < self.high_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:

@@ -20,7 +20,7 @@ from planner.specs.model import SearchSpec
 from planner.specs.variants import Checkpointing, Precision
 from planner.store import Store
 from planner.summaries import summary
-from planner.trials import Outcome, PlanStatus, Source
+from planner.trials import Interval, Outcome, PlanStatus, Source
 from planner.units import GIB
 from tests.planning_fakes import (
     BF16,
@@ -345,6 +345,20 @@ def test_a_failed_trial_of_one_batch_size_is_tried_once_more(times):
     (plan,) = plan_sweep(make_spec(), device, batch_size=4)
     assert (plan.status, plan.fits) == ((PlanStatus.PLANNED, True) if times == 1 else (PlanStatus.FAILED, None))
     assert len(plan.trials) == 2
+
+
+def test_one_size_predicted_close_to_the_capacity_says_that_the_gate_would_not_decide():
+    def ask(low, high):
+        interval = Interval(low_bytes=low, high_bytes=high, basis="test")
+        device = ThresholdDevice(9, source=Source.PREDICTED, interval=interval)
+        (plan,) = plan_sweep(make_spec(), device, batch_size=9)
+        assert plan.fits
+        return [note for note in plan.notes if "planner preflight says not enough evidence" in note]
+
+    assert len(ask(15 * GIB, 17 * GIB)) == 1
+    assert "batch size 9 is too close to 16.00 GiB" in ask(16 * GIB, 17 * GIB)[0]
+    assert not ask(15 * GIB, 16 * GIB)
+    assert not ask(17 * GIB, 18 * GIB)
 
 
 @pytest.mark.parametrize(
