@@ -1,5 +1,6 @@
 """What must hold of any sequence of requests under any settings."""
 
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from planner.allocator import AllocatorConfig, CachingAllocator, OutOfMemory, snapshot
 from planner.allocator.blocks import FREE, UNMAPPED, USED
+from planner.allocator.driver import TopDownAddresses
 from planner.units import GIB, KIB, MIB
 
 SIZES = st.one_of(
@@ -153,3 +155,25 @@ def test_the_peak_of_a_run_is_limit_enough_for_it(config, operations):
     limited = run(config, max(free.allocator.peak_reserved_bytes, 512), operations)
     assert limited.outcomes == free.outcomes
     assert limited.allocator.num_alloc_retries == 0
+
+
+class Searching(TopDownAddresses):
+    """Looks through every range each time."""
+
+    def reserve(self, size: int) -> int:
+        self._no_room_for = sys.maxsize
+        return super().reserve(size)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 50), st.integers(0, 1 << 16)), max_size=80))
+def test_what_no_range_has_room_for_is_known_without_a_search(operations):
+    quick, thorough, live = TopDownAddresses(), Searching(), []
+    for releases, pages, index in operations:
+        if releases and live:
+            address, size = live.pop(index % len(live))
+            quick.release(address, size)
+            thorough.release(address, size)
+        else:
+            size = pages * 2 * MIB
+            live.append((quick.reserve(size), size))
+            assert thorough.reserve(size) == live[-1][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left
 from dataclasses import dataclass
 from random import Random
@@ -57,6 +58,7 @@ class TopDownAddresses:
         older = self._started_with(0, self.OLDER_REST_BYTES)
         self._newer = self._started_with(freed_by_loading_bytes, self.NEWER_REST_BYTES)
         self._ranges = [self._newer, older]  # the newest first
+        self._no_room_for = sys.maxsize  # no range has a hole of so many bytes
 
     def _started_with(self, taken: int, rest: int) -> _Range:
         """A range that a part of the driver's own keeps from ever being free."""
@@ -66,29 +68,36 @@ class TopDownAddresses:
 
     def load_kernels(self) -> None:
         if self._freed_by_loading_bytes:
-            _give_back(self._newer.free, self._newer.address, self._freed_by_loading_bytes)
+            self._open(self._newer, self._newer.address, self._freed_by_loading_bytes)
             self._freed_by_loading_bytes = 0
 
     def reserve(self, size: int) -> int:
-        for among in self._ranges:
-            for index, (address, free) in enumerate(among.free):
-                if free >= size:
-                    among.free[index : index + 1] = [(address + size, free - size)] if free > size else []
-                    self._of_segment[address] = among
-                    return address
+        if size < self._no_room_for:  # else there is no need to look through hundreds of ranges
+            for among in self._ranges:
+                for index, (address, free) in enumerate(among.free):
+                    if free >= size:
+                        among.free[index : index + 1] = [(address + size, free - size)] if free > size else []
+                        self._of_segment[address] = among
+                        return address
+            self._no_room_for = size
         range_bytes = -(-size // self.RANGE_BYTES) * self.RANGE_BYTES
         address = self._take(range_bytes)
-        rest = [(address + size, range_bytes - size)] if range_bytes > size else []
-        self._ranges.insert(0, _Range(address, range_bytes, rest))
+        self._ranges.insert(0, _Range(address, range_bytes, []))
         self._of_segment[address] = self._ranges[0]
+        if range_bytes > size:
+            self._open(self._ranges[0], address + size, range_bytes - size)
         return address
 
     def release(self, address: int, size: int) -> None:
         among = self._of_segment.pop(address)
-        _give_back(among.free, address, size)
+        self._open(among, address, size)
         if among.free == [(among.address, among.size)]:
             self._ranges.remove(among)
             _give_back(self._gaps, among.address, among.size)
+
+    def _open(self, among: _Range, address: int, size: int) -> None:
+        """Make a hole there."""
+        self._no_room_for = max(self._no_room_for, _give_back(among.free, address, size) + 1)
 
     def _take(self, size: int) -> int:
         """The kernel's part: where ``size`` bytes lie that it maps."""
@@ -101,8 +110,8 @@ class TopDownAddresses:
         return self._bottom
 
 
-def _give_back(holes: list[tuple[int, int]], address: int, size: int) -> None:
-    """Add a hole to ``holes``, which are sorted by address, and merge it with its neighbours."""
+def _give_back(holes: list[tuple[int, int]], address: int, size: int) -> int:
+    """Add a hole to ``holes``, which are sorted by address, and merge it with its neighbours; its bytes then."""
     index = bisect_left(holes, (address, 0))
     if index < len(holes) and holes[index][0] == address + size:
         size += holes.pop(index)[1]
@@ -111,6 +120,7 @@ def _give_back(holes: list[tuple[int, int]], address: int, size: int) -> None:
         before, free = holes.pop(index)
         address, size = before, size + free
     holes.insert(index, (address, size))
+    return size
 
 
 class ScatteredAddresses(TopDownAddresses):
