@@ -179,7 +179,7 @@ def _describe(items: Iterable[Any], key: list[Any], tensors: list[FakeTensor], v
             known = item.__dict__
             if known["constant"] is not None or "_planner_range" in known or not _is_plain(item):
                 return False
-            key += (item.shape, item.stride(), item.storage_offset(), item.dtype, known["_fake_device"])
+            key += (item.shape, item.stride(), item.storage_offset(), item.dtype, item.fake_device)
             tensors.append(item)
         elif kind is list or kind is tuple:
             key.append(len(item))
