@@ -26,12 +26,12 @@ from typing import Any
 sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "examples")]
 
 from planner.specs.document import load_spec
-from planner.specs.variants import Checkpointing, Compile, Precision, Variant
+from planner.specs.variants import Variant, variant_label
 
 DATA = Path("measurements/h200")
 TOTAL_BYTES = 150_109_880_320
 SMALL = 5
-MEASURED = ("peaks", "unseen-1", "unseen-2", "unseen-3", "unseen-4")
+MEASURED = ("peaks", "unseen-1", "unseen-2", "unseen-3", "unseen-4", "unseen-5")
 TORCH_MEASURED = (2, 11)  # kernels are chosen as the torch of the measurements chose them
 
 
@@ -43,19 +43,19 @@ def cases(names: Sequence[str] = ()) -> list[dict[str, Any]]:
         for name, measured in json.loads(path.read_text())["variants"].items():
             precision, _, checkpointed = name.partition("+")
             spec = Path("examples") / f"{path.stem}.yaml"
-            found.append(_case(path.stem, spec, precision, "full" if checkpointed else "none", measured))
+            variant = {"precision": precision, "checkpointing": "full" if checkpointed else "none"}
+            found.append(_case(path.stem, spec, variant, measured))
     for name in MEASURED:
         if names and name not in names:
             continue
         document = json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
         for case in document["cases"]:
-            variant = case["variant"]
             path = Path("measurements/specs") / f"{case['case']}.yaml"
-            found.append(_case(case["case"], path, variant["precision"], variant["checkpointing"], case))
+            found.append(_case(case["case"], path, case["variant"], case))
     return found
 
 
-def _case(name: str, path: Path, precision: str, checkpointing: str, measured: dict[str, Any]) -> dict[str, Any]:
+def _case(name: str, path: Path, variant: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     points = [(int(size), None, peak) for size, peak in measured["peaks"].items() if "alloc" in peak]
     bounds = []
     for limit, bound in measured.get("max_batch", {}).items():
@@ -66,8 +66,7 @@ def _case(name: str, path: Path, precision: str, checkpointing: str, measured: d
     return {
         "case": name,
         "path": str(path),
-        "precision": precision,
-        "checkpointing": checkpointing,
+        "variant": variant,
         "points": points,
         "bounds": bounds,
     }
@@ -86,9 +85,7 @@ def evaluate(case: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     spec = load_spec(Path(case["path"]))
-    variant = Variant(
-        precision=Precision(case["precision"]), checkpointing=Checkpointing(case["checkpointing"]), compile=Compile.OFF
-    )
+    variant = Variant.from_dict(case["variant"])
     architecture = Architecture(compute_capability=(9, 0), num_sms=132, torch_version=TORCH_MEASURED)
 
     def trace(size: int) -> Trace:
@@ -147,9 +144,8 @@ def evaluate(case: dict[str, Any]) -> dict[str, Any]:
 
 def foretold(case: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """``evaluate`` by what was written down before the measurement: no verdicts, and points without a limit alone."""
-    wanted = {"precision": case["precision"], "checkpointing": case["checkpointing"]}
     (found,) = (
-        item for item in predictions if item["case"] == case["case"] and item["variant"].items() >= wanted.items()
+        item for item in predictions if item["case"] == case["case"] and item["variant"] == case["variant"]
     )
     points = {point["batch_size"]: point for point in found["points"]}
     rows = [
@@ -168,7 +164,8 @@ def foretold(case: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> dic
     bounds = [
         {"limit_bytes": limit, "measured": largest, "predicted": found["max"]} for limit, largest, _ in case["bounds"]
     ]
-    return {"case": case["case"], "variant": case["precision"], "rows": rows, "bounds": bounds, "seconds": 0.0}
+    label = variant_label(case["variant"])
+    return {"case": case["case"], "variant": label, "rows": rows, "bounds": bounds, "seconds": 0.0}
 
 
 def _largest(family: Any, limit: int, start: int) -> int:
@@ -193,7 +190,7 @@ def _worker(case: dict[str, Any], pipe: Any) -> None:
         pipe.send(evaluate(case))
     except Exception as error:  # noqa: BLE001 - one case must not hide the others
         message = f"{type(error).__name__}: {error}"[:300]
-        pipe.send({"case": case["case"], "variant": case["precision"], "error": message})
+        pipe.send({"case": case["case"], "variant": variant_label(case["variant"]), "error": message})
     os._exit(0)  # torch's interpreter exit is not safe with a Python backend registered
 
 
@@ -207,7 +204,7 @@ def _in_process(case: dict[str, Any]) -> dict[str, Any]:
     try:
         result: dict[str, Any] = reading.recv()
     except EOFError:
-        result = {"case": case["case"], "variant": case["precision"], "error": "the process died"}
+        result = {"case": case["case"], "variant": variant_label(case["variant"]), "error": "the process died"}
     process.join()
     return result
 

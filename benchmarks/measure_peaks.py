@@ -34,7 +34,7 @@ sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "examples")]
 from planner.specs.document import load_spec
 from planner.specs.model import Spec
 from planner.specs.variants import Variant
-from planner.training import Training, build_model
+from planner.training import Training, build_model, phases
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes where no prediction says which."""
@@ -113,10 +113,10 @@ def trial(
         torch.cuda.set_per_process_memory_fraction(limit / total)
     training = Training(spec, variant, model, torch.device("cuda", 0))
     marks = []
-    for _ in range(2 if trace else 3):
+    for phase in phases(spec, 2 if trace else 3):
         if trace:
             marks.append(len(torch.cuda.memory._snapshot()["device_traces"][0]))
-        training.step(batch_size)
+        training.run(phase, batch_size)
         torch.cuda.synchronize()
     result: dict[str, Any] = {
         "alloc": torch.cuda.max_memory_allocated(),

@@ -80,7 +80,7 @@ def main() -> None:
     rows: list[tuple[str, ...]] = []
     counts: dict[str, list[int]] = {"with": [], "without": [], "bisection": []}
     for case in cases():
-        label = variant_label({"precision": case["precision"], "checkpointing": case["checkpointing"]})
+        label = variant_label(case["variant"])
         for limit_bytes, largest, _ in case["bounds"]:
             start = predicted.get((case["case"], label, limit_bytes))
             trials = {
