@@ -13,7 +13,9 @@ from torch.nn import functional
 class ProjectedTagger(nn.Module):
     """Bidirectional LSTM with projections and a CTC loss: features ``[N, T, bands]``, labels ``[N, L]`` from 1 on."""
 
-    def __init__(self, bands: int = 80, hidden: int = 768, projection: int = 256, layers: int = 4, symbols: int = 60):
+    def __init__(
+        self, bands: int = 80, hidden: int = 768, projection: int = 256, layers: int = 4, symbols: int = 60
+    ) -> None:
         super().__init__()
         self.lstm = nn.LSTM(
             bands, hidden, num_layers=layers, batch_first=True, bidirectional=True, proj_size=projection, dropout=0.1

@@ -104,6 +104,15 @@ def test_a_transposed_sequence_keeps_its_copy_to_the_end() -> None:
     assert _order(aten.convolution_backward, args) == ["copy", "output 0", "output 1", "output 2"]
 
 
+def test_a_gradient_that_comes_frame_by_frame_is_copied_once() -> None:
+    """wav2vec2 of 4 s at batch size 11, recorded on an H200: 4,483,072 bytes before both gradients and freed after."""
+    grad = _meta(11, 199, 512).transpose(1, 2)
+    options = [2], [0], [1], False, [0], 1
+    args = _backward(grad, _meta(11, 512, 399), _meta(512, 512, 2), *options, bias=False)
+    assert _order(aten.convolution_backward, args) == ["copy", "output 0", "output 1", "free"]
+    assert _steps(aten.convolution_backward, args, 3)[0] == ("temporary", 4_483_072)
+
+
 @pytest.mark.parametrize(
     ("dtype", "c", "kernel", "stride", "own"),
     [

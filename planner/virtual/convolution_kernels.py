@@ -64,8 +64,9 @@ def _convolution(call: Call, architecture: Architecture) -> Iterator[Step]:
 def _convolution_backward(call: Call, architecture: Architecture) -> Iterator[Step]:
     """The input's gradient and its workspace, then the weights', then the bias's sum.
 
-    What is not contiguous is copied: the input at once, the gradient at once too where it has the other layout or the
-    convolution is a transposed one, else for each (``cudnn_convolution_backward``,
+    What is not contiguous is copied: the input at once, the gradient at once too where it has the other layout (a
+    sequence's frame by frame: trace of wav2vec2) or the convolution is a transposed one, else for each
+    (``cudnn_convolution_backward``,
     ``cudnn_convolution_transpose_backward``); the weights' gradient is made after what it reads (trace of densenet),
     the input's before (convnext). The bias's is summed from the gradient as it came. PyTorch's own depthwise kernel
     begins with the weights (``conv_depthwise2d_backward_cuda_out`` in aten/src/ATen/native/cuda/DepthwiseConv2d.cu).
@@ -75,8 +76,9 @@ def _convolution_backward(call: Call, architecture: Architecture) -> Iterator[St
     own = _runs_own_depthwise(inputs, weight, options)
     transposed = options[3]
     wanted = [name for name, given in zip(("inputs", "weight", "bias"), mask, strict=True) if given]
-    at_once = transposed or (grad.dim() == 4 and (suggest_memory_format(grad) is torch.channels_last) != last)
     sequences = inputs.dim() == 3  # their copy lives as long as the call
+    image = grad.unsqueeze(2) if sequences else grad  # what PyTorch makes of a sequence
+    at_once = transposed or (image.dim() == 4 and (suggest_memory_format(image) is torch.channels_last) != last)
     if sequences:
         yield from _copy(inputs, last)
     whole = [*(_copy(inputs, last) if mask[1] and not sequences else ()), *(_copy(grad, last) if at_once else ())]
