@@ -144,9 +144,7 @@ def evaluate(case: dict[str, Any]) -> dict[str, Any]:
 
 def foretold(case: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """``evaluate`` by what was written down before the measurement: no verdicts, and points without a limit alone."""
-    (found,) = (
-        item for item in predictions if item["case"] == case["case"] and item["variant"] == case["variant"]
-    )
+    (found,) = (item for item in predictions if item["case"] == case["case"] and item["variant"] == case["variant"])
     points = {point["batch_size"]: point for point in found["points"]}
     rows = [
         {
