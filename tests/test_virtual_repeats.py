@@ -162,3 +162,50 @@ for numbers in ([1, 2, 3], [4, 5, 6]):
 result = found
 """
     assert process.run(code) == [[[1, 2, 3], 6, 3], [[4, 5, 6], 15, 6]]
+
+
+def test_repeated_zeros_have_values_a_storage_and_a_default_type_of_their_own(process: Process) -> None:
+    code = """
+first, second = torch.zeros(3, device=device), torch.zeros(3, device=device)
+first += 1.0
+torch.set_default_dtype(torch.float64)
+third = torch.zeros(3, device=device)
+torch.set_default_dtype(torch.float32)
+storages = {item.untyped_storage()._cdata for item in (first, second, third)}
+result = [first.sum().item(), second.sum().item(), len(storages), str(third.dtype), str(torch.zeros(3).device)]
+"""
+    assert process.run(code) == [3.0, 0.0, 3, "torch.float64", "cpu"]
+
+
+def test_a_repeated_view_of_a_parameter_is_differentiable_and_follows_what_is_written(process: Process) -> None:
+    code = """
+found = []
+for _ in range(3):
+    weight = torch.nn.Parameter(torch.empty(2, 3, device=device))
+    view = weight.t()
+    (view * 2.0).sum().backward()
+    with torch.no_grad():
+        view.mul_(2.0)
+    found.append([list(weight.grad.shape), view._base is weight, weight._version])
+result = found
+"""
+    first, *others = process.run(code)
+    assert first[:2] == [[2, 3], True]
+    assert others == [first, first]
+
+
+def test_a_tensor_of_inference_mode_stays_one(process: Process) -> None:
+    code = """
+found = []
+for _ in range(2):
+    with torch.inference_mode():
+        frozen = torch.empty(2, 3, device=device)
+    weight = torch.nn.Parameter(torch.empty(3, 2, device=device))
+    try:
+        frozen.t() * weight
+        found.append("none")
+    except RuntimeError as error:
+        found.append("inference" in str(error).lower())
+result = found
+"""
+    assert process.run(code) == [True, True]

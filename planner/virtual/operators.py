@@ -9,11 +9,17 @@ import torch
 
 from planner.virtual.backend import kernels_beside_decompositions
 from planner.virtual.kernels import has_handles, is_modelled
-from planner.virtual.values import is_factory
+from planner.virtual.values import fills, is_factory
 
 aten = torch.ops.aten
 
 _READS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
+_ADDS_TO_ZEROS = {
+    aten.index_put.default,
+    aten.index_add.default,
+    aten.scatter_add.default,
+    aten.scatter.src,
+}
 _COPIES = {aten._to_copy.default, aten.detach.default, aten.unsqueeze.default}
 
 
@@ -41,9 +47,13 @@ class Operator:
     """It calls libraries that keep a workspace for each thread."""
     is_factory: bool
     """It makes values that follow from no other tensor's."""
+    fills: bool
+    """Zeros or ones."""
     copies: bool
     """Of known values it makes known ones, in a layout that follows from its argument's."""
     is_pointwise: bool
+    adds_to_zeros: bool
+    """Backward passes make zeros and put a gradient into them with it."""
 
     @classmethod
     def of(cls, func: Any) -> Operator:
@@ -64,8 +74,10 @@ class Operator:
                 is_modelled=is_modelled(func._overloadpacket),
                 has_handles=has_handles(func._overloadpacket),
                 is_factory=is_factory(func),
+                fills=fills(func),
                 copies=func in _COPIES,
                 is_pointwise=torch.Tag.pointwise in func.tags,
+                adds_to_zeros=func in _ADDS_TO_ZEROS,
             )
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import importlib
 import sys
 import threading
 import weakref
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from planner.errors import ModelError
 from planner.virtual import assumptions, convolution_kernels, ctc, packing, recurrent, repeats, values
@@ -38,6 +38,8 @@ _WRAPPERS = {"torch._compile", "torch._dynamo.eval_frame", "torch.utils._python_
 """Modules whose frames stand between the engine and ``Recorder.__torch_dispatch__``: torch wraps each dispatch."""
 _ZERO = {torch.bool: False, torch.int64: 0, torch.int32: 0, torch.uint8: 0}
 _DEVICE = torch.ops.prim.device.default
+_ADD = aten.add.Tensor
+_PUT = aten.index_put.default
 
 
 def _grouped_mm(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -89,6 +91,20 @@ class _Seen:
     sizes: list[int] | None = None
     """Bytes of the new storages that ``steps`` were given for."""
     steps: list[Step] = field(default_factory=list)
+    is_plain: bool = False
+    """The steps are those storages, one after another, and nothing else."""
+
+
+def spare_lookups() -> None:
+    """Have torch find no rule of an operator's own for ``Recorder`` without a search in Python: there is none, and it
+    searches at each of tens of thousands of calls.
+
+    torch keeps the function that it searches with from a process's first dispatch to a mode on
+    (``maybe_get_registered_torch_dispatch_rule`` in torch/csrc/utils/python_arg_parser.cpp).
+    """
+    registry: Any = importlib.import_module("torch._library.simple_registry")
+    search = registry.find_torch_dispatch_rule
+    registry.find_torch_dispatch_rule = lambda func, kind: None if kind is Recorder else search(func, kind)
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -137,7 +153,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE and isinstance(args[0], FakeTensor):  # the engine asks it of each gradient many times
-            return args[0].device
+            return args[0].fake_device
         kwargs = kwargs or {}
         operator = Operator.of(func)
         if operator.is_question:
@@ -173,11 +189,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
             # Initialising weights on the CPU, or a norm that Adafactor scales by: the value costs no memory.
             return _ZERO.get(args[0].dtype, 0.0)
-        if func is aten.add.Tensor and self._accumulates_in_place(args):
+        if func is _ADD and self._accumulates_in_place(args):
             return args[0]
-        if func is aten.add.Tensor and adds_in_place():
+        if func is _ADD and adds_in_place():
             return aten.detach.default(args[0])
-        if self._writes_in_place(func, args):
+        if operator.adds_to_zeros and self._writes_in_place(func, args):
             self._record(operator, args, kwargs, args[0])
             return args[0]
         repeated = repeats.described(operator, args, kwargs)
@@ -231,11 +247,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return outputs
 
     def _record(self, operator: Operator, args: Any, kwargs: Any, outputs: Any, seen: _Seen | None = None) -> None:
-        leaves = (outputs,) if isinstance(outputs, torch.Tensor) else tree_leaves(outputs)
         born: list[tuple[torch.UntypedStorage, int]] = []
         new: set[int] = set()
         touched = False
-        for item in leaves:
+        for item in values.tensors_of(outputs):
             if isinstance(item, FakeTensor) and item.fake_device.type == NAME:
                 touched = True
                 storage = item.untyped_storage()
@@ -248,16 +263,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name, packet = operator.name, operator.packet
         trace = self.trace
         owner = self.owners.enter_operator(in_optimizer=self.in_optimizer)
-        temporaries: list[int] = []
-        in_host_memory = set(range(len(born)))
-        own_size: int | Formula | None = None
         sizes = [size for _, size in born]
         if seen is not None and seen.sizes == sizes:
             steps = seen.steps
+            if seen.is_plain:
+                for storage, size in born:
+                    self._birth(storage, size, name, owner, None)
+                return
         else:
             steps = list(self.kernels.of_call(Call(packet, args, kwargs, sizes)))
             if seen is not None:
                 seen.sizes, seen.steps = sizes, steps
+                in_turn = steps == [("output", index) for index in range(len(born))]
+                seen.is_plain = in_turn and operator.is_modelled and not operator.has_handles
+        temporaries: list[int] = []
+        in_host_memory = set(range(len(born)))
+        own_size: int | Formula | None = None
         if operator.has_handles:
             steps = [*steps, *self.kernels.of_handles(packet, self._thread())]
         for kind, value in steps:
@@ -285,7 +306,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     key = (self._thread(), value.convolution, value.numbers)
                     trace.convolutions[block] = self._convolutions.setdefault(key, len(self._convolutions))
         if not operator.is_modelled:
-            involved = tree_leaves((args, kwargs, outputs))
+            involved = values.tensors_of((args, kwargs, outputs))
             touched_bytes = sum(item.numel() * item.element_size() for item in involved if isinstance(item, FakeTensor))
             trace.doubts.append(Doubt(name.removeprefix("aten::"), Formula(int, (touched_bytes,)), modelled=False))
         for block in reversed(temporaries):  # as their C++ owners go out of scope
@@ -313,9 +334,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether these are zeros that the engine writes a gradient into, though not into a subclass's:
         ``index_backward`` in torch/csrc/autograd/FunctionsManual.cpp, ``index_select_backward_symint`` and
         ``gather_backward`` in aten/src/ATen/native/TensorAdvancedIndexing.cpp (recorded trace of lstm-tagger)."""
-        accumulates = func is aten.index_put.default and len(args) > 3 and args[3]
-        into_zeros = (aten.index_add.default, aten.scatter_add.default, aten.scatter.src)
-        return bool(accumulates or func in into_zeros) and self._is_engine()
+        accumulates = func is not _PUT or (len(args) > 3 and args[3])
+        return bool(accumulates) and self._is_engine()
 
     def _is_engine(self) -> bool:
         """Whether the autograd engine itself asked: from its own thread, with no Python below but torch's."""

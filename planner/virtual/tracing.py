@@ -19,7 +19,7 @@ from planner.virtual import assumptions, attention, autocast, backend, composite
 from planner.virtual.architecture import Architecture
 from planner.virtual.indices import IndexOutOfRange
 from planner.virtual.kernels import Kernels
-from planner.virtual.recorder import Recorder
+from planner.virtual.recorder import Recorder, spare_lookups
 from planner.virtual.steady import repeat_last_step, successors_of_last_step
 from planner.virtual.trace import Purpose, Trace
 
@@ -42,6 +42,7 @@ def prepare(architecture: Architecture) -> torch.device:
     packing.install()
     composites.install()
     ctc.install()
+    spare_lookups()
     _show_values_to_transformers()
     return device
 

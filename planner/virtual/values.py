@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,17 @@ class Filled:
             return torch.full(self.shape, self.number, dtype=self.dtype, device="cpu")
 
 
+def tensors_of(given: object) -> Iterator[torch.Tensor]:
+    """The tensors among an operator's arguments or results: alone, or in lists and dictionaries of any depth."""
+    if isinstance(given, torch.Tensor):
+        yield given
+    elif isinstance(given, (tuple, list)):
+        for item in given:
+            yield from tensors_of(item)
+    elif isinstance(given, dict):
+        yield from tensors_of(list(given.values()))
+
+
 def value_of(tensor: object) -> torch.Tensor | None:
     """The tensor's real value on the CPU, or ``None`` where it is not known."""
     if isinstance(tensor, FakeTensor):
@@ -84,7 +95,7 @@ def is_assumed(*arguments: Any) -> bool:
     """Whether any tensor among ``arguments`` has a value that follows from an assumption."""
     if not _assumed:
         return False
-    known = (value_of(item) for item in tree_leaves(arguments) if isinstance(item, FakeTensor) and not is_filled(item))
+    known = (value_of(item) for item in tensors_of(arguments) if isinstance(item, FakeTensor) and not is_filled(item))
     return any(value is not None and value.untyped_storage()._cdata in _assumed for value in known)
 
 
@@ -119,6 +130,11 @@ def is_factory(func: Any) -> bool:
     return func._overloadpacket in _FACTORIES
 
 
+def fills(func: Any) -> bool:
+    """Whether it makes a tensor of equal elements."""
+    return func._overloadpacket in _FILLED
+
+
 def _limit(shape: Sequence[int], dtype: torch.dtype) -> int:
     """Elements up to which the value of a tensor like this is kept."""
     return _TABLE_LIMIT if len(shape) <= 2 and not (dtype.is_floating_point or dtype.is_complex) else _LIMIT
@@ -150,7 +166,7 @@ def _filled(func: Any, args: Any, kwargs: Any) -> Filled | None:
 
 def compute_values(func: Any, args: Any, kwargs: Any) -> Any:
     """The operator's result on the CPU where every input is known and small; else ``UNKNOWN``."""
-    tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
+    tensors = list(tensors_of((args, kwargs)))
     shape_only = is_factory(func)
     if not tensors and not shape_only:
         return UNKNOWN
@@ -237,7 +253,7 @@ def forget_mutated(func: Any, args: Any, kwargs: Any) -> None:
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = args[position] if position < len(args) else kwargs.get(argument.name)
-            for item in tree_leaves(given):
+            for item in tensors_of(given):
                 if isinstance(item, FakeTensor):
                     _forget(item)
 
@@ -245,7 +261,7 @@ def forget_mutated(func: Any, args: Any, kwargs: Any) -> None:
 def adopt_constants(outputs: Any) -> None:
     """Take over what FakeTensorMode itself knows of ``torch.tensor(...)``: it would run operators on it for real, on
     any device."""
-    for item in tree_leaves(outputs):
+    for item in tensors_of(outputs):
         if isinstance(item, FakeTensor) and item.constant is not None:
             set_value(item, item.constant)
             item.constant = None
@@ -288,7 +304,7 @@ def carry_range(func: Any, args: Any, outputs: Any) -> None:
     else:
         return
     if found is not None:
-        for item in tree_leaves(outputs):
+        for item in tensors_of(outputs):
             if isinstance(item, FakeTensor) and item.dtype in _WHOLE and value_of(item) is None:
                 item.__dict__["_planner_range"] = found
 
