@@ -81,6 +81,10 @@ class Fork:
         self.end()
         return None
 
+    def has_answered(self) -> bool:
+        """Whether ``receive`` need not wait: it has answered, or died."""
+        return bool(select.select([self._replies], [], [], 0)[0])
+
     def kill(self) -> None:
         """End it whatever it does."""
         if self._returncode is None:

@@ -23,12 +23,17 @@ from planner.specs.variants import Variant
 from planner.virtual.explanation import explain
 from planner.virtual.forked import ForkedTracer
 from planner.virtual.prediction import predict_trial
+from planner.virtual.replays import KeptReplays
 from planner.virtual.scaling import TraceFamily
 from planner.virtual.snapshot import snapshot_file
 from planner.virtual.trace import Trace
 
 _MOST_VARIANTS = 4
 """Traces of a 7B model's variant take some tens of MiB."""
+
+_AHEAD = 3
+"""Sizes above the answer that a search asks for next (``planner.planning``): the one that runs out of memory, and two
+beyond."""
 
 
 class Predictor:
@@ -39,6 +44,7 @@ class Predictor:
         self._built: Any = None
         self._architecture: Any = None
         self._families: dict[str, TraceFamily] = {}
+        self._replays = KeptReplays()
 
     def open(self, *, spec: Mapping[str, Any], compute_capability: list[int], num_sms: int) -> Mapping[str, Any]:
         """Import torch and the model's library and build the model. Nothing is traced yet."""
@@ -67,6 +73,7 @@ class Predictor:
         variant: Mapping[str, Any],
         batch_size: int,
         fresh: bool,
+        multiple_of: int,
         capacity_bytes: int,
         device_total_bytes: int,
         allocator_conf: str,
@@ -76,6 +83,8 @@ class Predictor:
             self._traces(variant),
             batch_size,
             fresh=fresh,
+            ahead=[batch_size + number * multiple_of for number in range(1, 1 + _AHEAD)],
+            kept=self._replays,
             config=parse_conf(allocator_conf),
             capacity_bytes=capacity_bytes,
             device_total_bytes=device_total_bytes,
@@ -132,7 +141,7 @@ class Predictor:
         if family is None:
             chosen = Variant.from_dict(variant)
             tracer = ForkedTracer(lambda batch_size: self._trace(chosen, batch_size))
-            family = TraceFamily(tracer, tracer.start)
+            family = TraceFamily(tracer, tracer.start, tracer.is_done)
         self._families[name] = family
         if len(self._families) > _MOST_VARIANTS:
             del self._families[next(iter(self._families))]

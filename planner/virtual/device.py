@@ -128,7 +128,7 @@ class VirtualRunner:
         """Predict ``batch_size``. A ``fresh`` trial is checked by a trace and has an interval; any other one only
         narrows a search."""
         started_at, start = datetime.now(UTC), time.monotonic()
-        reply = self._ask("trial", batch_size, fresh=fresh)
+        reply = self._ask("trial", batch_size, fresh=fresh, multiple_of=self._spec.search.multiple_of)
         return self._trial(batch_size, reply, started_at, time.monotonic() - start)
 
     def explain(self, batch_size: int) -> dict[str, Any]:

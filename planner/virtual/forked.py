@@ -31,6 +31,10 @@ class ForkedTracer:
                 fork = self._running[batch_size] = Fork.start(self._in_fork)
                 fork.send({"do": "trace", "batch_size": batch_size})
 
+    def is_done(self, batch_size: int) -> bool:
+        """Whether the trace that was begun at ``batch_size`` has ended, and nobody asked for it yet."""
+        return batch_size in self._running and self._running[batch_size].has_answered()
+
     def __call__(self, batch_size: int) -> Trace:
         """The trace at ``batch_size``. Raises what tracing raised, and ``ModelError`` for a model that ended its
         process; then the other traces are given up."""

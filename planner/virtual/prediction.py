@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from planner.allocator import AllocatorConfig, Events
 from planner.allocator.config import MIN_BLOCK_BYTES
 from planner.units import MIB, format_bytes
-from planner.virtual.replays import Replays
+from planner.virtual.replays import KeptReplays, Replays
 from planner.virtual.scaling import Scaled, TraceFamily
 
 
@@ -46,6 +47,8 @@ def predict_trial(
     capacity_bytes: int,
     device_total_bytes: int,
     compute_capability: tuple[int, int],
+    ahead: Sequence[int] = (),
+    kept: KeptReplays | None = None,
 ) -> dict[str, Any]:
     """The outcome and peaks of ``batch_size`` under ``capacity_bytes``, as JSON data: of as many steps as a trial on a
     GPU would take.
@@ -53,21 +56,33 @@ def predict_trial(
     A ``fresh`` trial is one to rely on: its events are checked (``TraceFamily.checked``), and it says what is
     ``needed``, the smallest capacity under which the step runs, between its peak of allocated bytes and what it would
     reserve with no limit, with the interval that the true figure is expected in. Any other only narrows a search.
+
+    While a trace is waited for, the sizes ``ahead`` are replayed, which may be asked for next; ``kept`` keeps them.
     """
     start = time.perf_counter()
-    made: list[Replays] = []
+    kept = kept or KeptReplays()
+    seconds_before: dict[Replays, float] = {}
 
     def replays_of(events: Events) -> Replays:
-        if not made or made[-1].events != events:
-            made.append(Replays(events, config, capacity_bytes, device_total_bytes))
-        return made[-1]
+        found = kept.of(events, config, capacity_bytes, device_total_bytes)
+        seconds_before.setdefault(found, found.seconds)
+        return found
 
-    if fresh:
-        # What is foretold is replayed beside the trace that checks it: most traces show just that.
-        scaled = family.checked(batch_size, lambda foretold: replays_of(foretold.events).make_all())
-    else:
-        scaled = family.scaled(batch_size)
+    used: set[Replays] = set()
+
+    def beside(foretold: Scaled) -> None:
+        replays = replays_of(foretold.events)
+        used.add(replays)
+        replays.make_all()
+        for size in ahead:
+            if family.is_traced(batch_size):
+                break
+            replays_of(family.scaled(size).events).make_all(lambda: family.is_traced(batch_size))
+
+    # What is foretold is replayed beside the trace that checks it: most traces show just that.
+    scaled = family.checked(batch_size, beside) if fresh else family.scaled(batch_size)
     replays = replays_of(scaled.events)
+    used.add(replays)
     limited, free = replays.limited, replays.free
     # Where memory ran out the peaks are those of a run with no limit: what the batch would take.
     peaks = limited if limited.fits else free
@@ -88,9 +103,10 @@ def predict_trial(
         reply["needed"] = _interval(replays.needed_bytes, replays.spread, scaled, compute_capability)
     if limited.oom is not None:
         reply["error"] = str(limited.oom.error)
-    reply["num_events"], reply["num_replays"] = len(scaled.events), sum(each.number for each in made)
-    replay_s = sum(each.seconds for each in made)
-    tracing_s = time.perf_counter() - start - replay_s
+    reply["num_events"], reply["num_replays"] = len(scaled.events), sum(each.number for each in used)
+    replaying_s = sum(each.seconds - before_s for each, before_s in seconds_before.items())
+    tracing_s = time.perf_counter() - start - replaying_s
+    replay_s = sum(each.seconds for each in used)  # some of it beside an earlier trace
     reply["timings"] = {"tracing_s": round(tracing_s, 4), "replay_s": round(replay_s, 4)}
     return reply
 

@@ -32,13 +32,18 @@ class Scaled:
 
 class TraceFamily:
     """The traces of one variant, taken when they are needed: ``trace(batch_size)`` runs the step on the virtual
-    device; ``start(batch_sizes)`` is told beforehand which of them come next."""
+    device; ``start(batch_sizes)`` is told beforehand which of them come next, and ``is_done(batch_size)`` tells whether
+    one that was started has ended."""
 
     def __init__(
-        self, trace: Callable[[int], Trace], start: Callable[[Iterable[int]], None] = lambda batch_sizes: None
+        self,
+        trace: Callable[[int], Trace],
+        start: Callable[[Iterable[int]], None] = lambda batch_sizes: None,
+        is_done: Callable[[int], bool] = lambda batch_size: True,
     ) -> None:
         self._trace = trace
         self._start = start
+        self._is_done = is_done
         self._traces: dict[int, Trace] = {}
         self._checked = 0
         """The largest size at which a trace was what others had foretold; 0: none yet, or the last one was not."""
@@ -46,6 +51,10 @@ class TraceFamily:
     @property
     def traced_sizes(self) -> tuple[int, ...]:
         return tuple(sorted(self._traces))
+
+    def is_traced(self, batch_size: int) -> bool:
+        """Whether ``traced`` need not wait."""
+        return batch_size in self._traces or self._is_done(batch_size)
 
     def traced(self, batch_size: int) -> Scaled:
         """The events at ``batch_size`` from a trace of its own."""

@@ -1,0 +1,100 @@
+"""Replays of a prediction: beside the trace that checks it, and ahead of the sizes that are asked for next."""
+
+from __future__ import annotations
+
+from planner.allocator import AllocatorConfig, Events
+from planner.units import GIB, MIB
+from planner.virtual.prediction import predict_trial
+from planner.virtual.replays import KeptReplays, Replays
+from planner.virtual.scaling import TraceFamily
+from planner.virtual.trace import Trace
+
+CONFIG = AllocatorConfig()
+CAPACITY = 3500 * MIB
+
+
+def _trace(batch_size: int) -> Trace:
+    """Two steps that leave gaps behind, so that the least capacity lies below what is reserved without a limit."""
+    trace = Trace()
+    for step in (1, 2):
+        trace.mark(f"step {step}")
+        blocks = [trace.allocate((30 + 7 * number) * batch_size * MIB, "activation") for number in range(6)]
+        for block in blocks[::2]:
+            trace.free(block)
+        larger = trace.allocate(61 * batch_size * MIB, "activation")
+        for block in (*blocks[1::2], larger):
+            trace.free(block)
+    trace.mark("end")
+    return trace
+
+
+class _Waiting:
+    """The check of a size ends when it was asked so many times whether it has."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def is_done(self, batch_size: int) -> bool:
+        self.patience -= 1
+        return self.patience < 0
+
+
+def _predict(family: TraceFamily, kept: KeptReplays, batch_size: int, ahead: list[int]) -> dict[str, object]:
+    return predict_trial(
+        family, batch_size, fresh=batch_size != 8, ahead=ahead, kept=kept, config=CONFIG, capacity_bytes=CAPACITY,
+        device_total_bytes=80 * GIB, compute_capability=(9, 0),
+    )  # fmt: skip
+
+
+def _search(patience: int, ahead: list[int]) -> list[dict[str, object]]:
+    waiting = _Waiting(patience)
+    family, kept = TraceFamily(_trace, lambda sizes: None, waiting.is_done), KeptReplays()
+    return [_predict(family, kept, size, ahead if size == 10 else []) for size in (8, 10, 11, 12)]
+
+
+def test_what_was_replayed_ahead_gives_the_same_answers() -> None:
+    plain, part, whole = (_search(patience, [11, 12]) for patience in (0, 7, 1000))
+    for answers in (plain, part, whole):
+        for answer in answers:
+            timings = answer.pop("timings")
+            assert isinstance(timings, dict)
+            assert timings["replay_s"] >= 0
+    assert plain == part == whole
+    assert [answer["fits"] for answer in plain] == [True, True, False, False]
+
+
+def test_sizes_ahead_are_replayed_only_while_a_trace_is_waited_for() -> None:
+    def replayed(patience: int) -> list[int]:
+        waiting = _Waiting(patience)
+        family, kept = TraceFamily(_trace, lambda sizes: None, waiting.is_done), KeptReplays()
+        _predict(family, kept, 8, [])
+        _predict(family, kept, 10, [11, 12])
+        return [kept.of(family.scaled(size).events, CONFIG, CAPACITY, 80 * GIB).number for size in (11, 12)]
+
+    assert replayed(0) == [0, 0]
+    some = replayed(4)
+    assert some[0] > 0 == some[1]
+    assert min(replayed(1000)) > sum(some)
+
+
+def test_replays_are_kept_for_equal_events_and_settings_alone() -> None:
+    kept = KeptReplays()
+    family = TraceFamily(_trace)
+    first = kept.of(family.scaled(8).events, CONFIG, GIB, 80 * GIB)
+    assert kept.of(family.scaled(8).events, CONFIG, GIB, 80 * GIB) is first
+    others = [
+        kept.of(family.scaled(9).events, CONFIG, GIB, 80 * GIB),
+        kept.of(family.scaled(8).events, CONFIG, 2 * GIB, 80 * GIB),
+        kept.of(family.scaled(8).events, AllocatorConfig(expandable_segments=True), GIB, 80 * GIB),
+    ]
+    assert first not in others
+    assert len(set(others)) == 3
+
+
+def test_a_capacity_is_replayed_once() -> None:
+    events = Events([0, ~0, 1, 2, ~1, 3], [300 * MIB, 100 * MIB, 90 * MIB, 95 * MIB])
+    replays = Replays(events, CONFIG, GIB, 80 * GIB)
+    needed, spread = replays.needed_bytes, replays.spread
+    number = replays.number
+    replays.make_all()
+    assert (replays.needed_bytes, replays.spread, replays.number) == (needed, spread, number)
