@@ -82,6 +82,30 @@ def test_without_plans_the_front_page_says_what_to_run(visit: Visit) -> None:
     assert visit.problems == []
 
 
+@pytest.mark.parametrize(
+    ("path", "heading", "words"),
+    [
+        ("/gpus/h300", "Not found", "'h300' is not a GPU type in the catalogue (did you mean h200?)"),
+        ("/plans/01ARZ3NDEKTSV4RRFFQ69G5FAV", "Not found", "01ARZ3NDEKTSV4RRFFQ69G5FAV"),
+        ("/jobs/none", "Not found", "there is no job 'none'"),
+        ("/nowhere", "Not found", "there is nothing at /nowhere"),
+    ],
+)
+def test_what_is_not_there_is_a_page_too(visit: Visit, path: str, heading: str, words: str) -> None:
+    page = visit.open(path)
+    expect(page.get_by_role("heading", name=heading)).to_be_visible()
+    expect(page.locator(".problem")).to_contain_text(words)
+    page.get_by_role("link", name="All GPU types").click()
+    expect(page.get_by_role("heading", name="No plans yet")).to_be_visible()
+    assert all("status of 4" in problem for problem in visit.problems)  # Chromium's own word on a 404
+
+
+def test_the_interface_answers_a_browser_with_documents(visit: Visit) -> None:
+    reply = visit.page.goto(visit.url + "/v1/plans/01ARZ3NDEKTSV4RRFFQ69G5FAV")
+    assert reply is not None
+    assert reply.headers["content-type"] == "application/problem+json"
+
+
 def test_the_front_page_shows_each_gpu_type_with_its_plans_and_chart(visit: Visit, store: Store) -> None:
     store_plan(store, variant=0, largest=6, source=Source.MEASURED)
     store_plan(store, variant=0, largest=5)

@@ -1,4 +1,5 @@
-"""Errors as RFC 9457 problem documents, and the one table from an error's code to its HTTP status."""
+"""Errors as RFC 9457 problem documents, or as a page for a browser, and the one table from an error's code to its HTTP
+status."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from typing import Any, Final
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from planner.errors import PlannerError, nearest
+from planner_api.templating import templates
 
 MEDIA_TYPE: Final = "application/problem+json"
 
@@ -106,11 +108,11 @@ def problem_response(
     code: str,
     detail: str,
     *,
-    path: str,
+    request: Request,
     field: str | None = None,
     suggestion: str | None = None,
     headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
+) -> Response:
     """One problem document; a code that the table lacks is the service's own fault (500)."""
     number = STATUS_OF_CODE.get(code, 500)
     problem = Problem(
@@ -119,32 +121,40 @@ def problem_response(
         status=number,
         code=code,
         detail=detail,
-        instance=path,
+        instance=request.url.path,
         field=field,
         suggestion=suggestion,
     )
+    if _is_page(request):
+        context = {"problem": problem}
+        return templates.TemplateResponse(request, "problem.html", context, status_code=number, headers=headers)
     return JSONResponse(
         problem.model_dump(exclude_none=True), status_code=number, media_type=MEDIA_TYPE, headers=dict(headers or {})
     )
 
 
-def response_for(error: PlannerError, path: str) -> JSONResponse:
+def _is_page(request: Request) -> bool:
+    """Whether a person waits for it in a browser: the interface under ``/v1`` answers with documents whoever asks."""
+    return "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/v1/")
+
+
+def response_for(error: PlannerError, request: Request) -> Response:
     retry = {"Retry-After": "5"} if STATUS_OF_CODE.get(error.code) == HTTPStatus.SERVICE_UNAVAILABLE else None
     return problem_response(
-        error.code, error.message, path=path, field=error.field, suggestion=error.suggestion, headers=retry
+        error.code, error.message, request=request, field=error.field, suggestion=error.suggestion, headers=retry
     )
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of ``app``, the framework's own included, with a problem document."""
+    """Answer every error of ``app``, the framework's own included, with a problem document, or a page in a browser."""
 
-    async def planner_error(request: Request, error: Exception) -> JSONResponse:
+    async def planner_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, PlannerError)
         if STATUS_OF_CODE.get(error.code, 500) >= HTTPStatus.INTERNAL_SERVER_ERROR:
             _log.warning("request failed", path=request.url.path, code=error.code, error=str(error))
-        return response_for(error, request.url.path)
+        return response_for(error, request)
 
-    async def invalid_request(request: Request, error: Exception) -> JSONResponse:
+    async def invalid_request(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         where = [str(part) for part in first["loc"] if part not in ("query", "path", "header", "body")]
@@ -152,25 +162,23 @@ def install(app: FastAPI) -> None:
         return problem_response(
             "invalid_argument",
             str(first["msg"]),
-            path=request.url.path,
+            request=request,
             field=".".join(where) or None,
             suggestion=nearest(str(first.get("input", "")), [name for name in valid if name]),
         )
 
-    async def http_error(request: Request, error: Exception) -> JSONResponse:
+    async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = _CODE_OF_STATUS.get(error.status_code, "bad_request" if error.status_code < 500 else "internal_error")
         detail = {
             404: f"there is nothing at {request.url.path}",
             405: f"{request.method} is not supported at {request.url.path}",
         }.get(error.status_code, str(error.detail))
-        return problem_response(code, detail, path=request.url.path, headers=error.headers)
+        return problem_response(code, detail, request=request, headers=error.headers)
 
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+    async def unexpected(request: Request, error: Exception) -> Response:
         _log.error("unexpected error", path=request.url.path, exc_info=error)
-        return problem_response(
-            "internal_error", "the service failed unexpectedly; its log says why", path=request.url.path
-        )
+        return problem_response("internal_error", "the service failed unexpectedly; its log says why", request=request)
 
     app.add_exception_handler(PlannerError, planner_error)
     app.add_exception_handler(RequestValidationError, invalid_request)
