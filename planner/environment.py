@@ -73,6 +73,12 @@ class TorchBuild:
     cuda: str | None
     """As ``torch.version.cuda``: ``13.0``; ``None`` for a CPU build."""
 
+    @property
+    def release(self) -> tuple[int, int]:
+        """``(2, 13)`` of ``2.13.0+cpu``."""
+        major, minor = self.version.split(".")[:2]
+        return int(major), int(minor)
+
 
 def predicted_environment(spec: Spec, gpu: Gpu, folder: Path | None = None) -> Environment:
     """The environment of a prediction for the GPU type ``gpu``.

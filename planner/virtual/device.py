@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from planner.devices import Limit
-from planner.environment import allocator_conf, predicted_environment
-from planner.errors import ModelError
+from planner.environment import allocator_conf, predicted_environment, torch_build
+from planner.errors import DeviceUnavailable, ModelError
 from planner.gpus import Gpu
 from planner.processes import Child, ChildDied, describe_exit, kill_all
 from planner.specs.document import spec_document
@@ -24,6 +24,9 @@ from planner.trials import Environment, Interval, Outcome, Peaks, Source, Trial
 
 TIMEOUT_S = 600.0
 """For one prediction: seconds as a rule, minutes for the largest models on a busy machine."""
+
+OLDEST_TORCH = (2, 10)
+"""The first release with ``torch.utils.backend_registration._setup_privateuseone_for_python_backend``."""
 
 _MOST_PRELOADED = 2
 """Processes kept: of the spec in hand, and of one made from it (a search that accumulates gradients)."""
@@ -62,6 +65,7 @@ class VirtualDevice:
     def _child(self, spec: Spec) -> Child:
         child = self._preloaded.pop(spec.hash, None)
         if child is None or not child.alive:
+            _check_torch()
             while len(self._preloaded) >= _MOST_PRELOADED:
                 oldest = next(iter(self._preloaded))
                 self._preloaded.pop(oldest).kill()
@@ -115,6 +119,14 @@ class VirtualDevice:
                 self._preloaded.pop(spec.hash).kill()
                 raise
         return child
+
+
+def _check_torch() -> None:
+    """Raise ``DeviceUnavailable`` for a torch that lets no backend be written in Python yet, or without torch."""
+    build = torch_build()
+    if build.release < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise DeviceUnavailable(f"predictions need torch {oldest} or newer; torch {build.version} is installed here")
 
 
 class VirtualRunner:
