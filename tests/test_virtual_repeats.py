@@ -209,3 +209,64 @@ for _ in range(2):
 result = found
 """
     assert process.run(code) == [True, True]
+
+
+def test_meta_kernels_give_the_layouts_that_the_fake_mode_gives(process: Process) -> None:
+    code = """
+from torch.utils._python_dispatch import _pop_mode_temporarily
+from planner.virtual.recorder import _BY_META_KERNEL
+from planner.virtual.repeats import by_meta_kernel
+
+def new(*shape, dtype=torch.float32):
+    return torch.empty(*shape, device=device, dtype=dtype)
+
+x, image = new(3, 6, 8).transpose(1, 2), new(2, 3, 4, 5)
+mask, matrix, low = new(3, 8, 6, dtype=torch.bool), new(6, 8).t(), new(8, 6, dtype=torch.bfloat16)
+w, mean = new(6), new(3, 8, 1)
+samples = {
+    "_log_softmax": [(x, -1, False), (low, 0, False)],
+    "_softmax": [(x, 1, False), (low, -1, False)],
+    "_safe_softmax": [(x, -1)],
+    "_log_softmax_backward_data": [(x, x, -1, torch.float32)],
+    "_softmax_backward_data": [(x, x, -1, torch.float32)],
+    "_to_copy": [
+        (x,), (x, dict(dtype=torch.bfloat16)), (x, dict(device=torch.device("cpu"))),
+        (x[:, ::2], dict(dtype=torch.half)),
+        (image, dict(memory_format=torch.channels_last)), (image.expand(2, 3, 4, 5)[:, :1], dict(dtype=torch.half)),
+    ],
+    "addmm": [(new(5), matrix, new(6, 5)), (new(8, 5), matrix, new(6, 5), dict(beta=0.5))],
+    "bmm": [(x, new(3, 6, 5))],
+    "mm": [(matrix, new(6, 5)), (low, low.t())],
+    "native_dropout": [(x, 0.1, True), (x, 0.0, True), (low, 0.5, True)],
+    "native_dropout_backward": [(x, mask, 1.5), (low, mask[0], 1.0)],
+    "native_layer_norm": [(x, [6], w, w, 1e-5), (x, [6], None, None, 1e-5)],
+    "native_layer_norm_backward": [
+        (x, x, [6], mean, mean, w, w, kept) for kept in ([True, True, True], [False, True, False])
+    ],
+    "silu_backward": [(x, x), (x, new(3, 8, 6))],
+    "slice_backward": [(new(3, 2, 6), [3, 8, 6], 1, 2, 6, 2)],
+    "tanh_backward": [(x, x), (low, low)],
+    "threshold_backward": [(x, x, 0), (new(3, 8, 6), x, 0)],
+}
+
+def layouts(found):
+    items = (found,) if isinstance(found, torch.Tensor) else found
+    return [
+        item if item is None else [list(item.shape), list(item.stride()), str(item.dtype), str(item.device)]
+        for item in items
+    ]
+
+result = [sorted(samples) == sorted(func._overloadpacket.__name__ for func in _BY_META_KERNEL)]
+with _pop_mode_temporarily():
+    for func in _BY_META_KERNEL:
+        for sample in samples[func._overloadpacket.__name__]:
+            named = sample[-1] if isinstance(sample[-1], dict) else {}
+            args = sample[: len(sample) - bool(named)]
+            expected, found = layouts(func(*args, **named)), layouts(by_meta_kernel(func, *args, **named))
+            result.append([str(func), expected, found])
+"""
+    has_samples_for_all, *compared = process.run(code)
+    assert has_samples_for_all
+    assert len(compared) > 30
+    for operator, expected, found in compared:
+        assert found == expected, operator

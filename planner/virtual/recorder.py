@@ -79,6 +79,16 @@ _ONE_BY_ONE = [getattr(aten, f"_foreach_{name}").default for name in ("sqrt", "n
 """Optimizers' kernels that take each tensor of a list by itself: ``FakeTensorMode`` asks for each of hundreds."""
 
 
+_BY_META_KERNEL = [
+    packet.default
+    for name in """_log_softmax _log_softmax_backward_data _safe_softmax _softmax _softmax_backward_data _to_copy addmm
+    bmm mm native_dropout native_dropout_backward native_layer_norm native_layer_norm_backward silu_backward
+    slice_backward tanh_backward threshold_backward""".split()
+    if (packet := getattr(aten, name, None)) is not None
+]
+"""Operators of which ``FakeTensorMode`` says the same, and is slow to say it."""
+
+
 def _one_by_one(func: Any, tensors: Any) -> Any:
     return repeats.like_each(tensors) or func(tensors)
 
@@ -132,6 +142,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             aten._cudnn_rnn_backward.default: recurrent.backward_outputs,
             **ctc.SHAPE_FUNCTIONS,
             **dict.fromkeys(_UPDATES, _update),
+            **{func: functools.partial(repeats.by_meta_kernel, func) for func in _BY_META_KERNEL},
             **{func: functools.partial(_one_by_one, func) for func in _ONE_BY_ONE},
         }
         self._convolutions: dict[tuple[Any, ...], int] = {}  # PyTorch keeps their plans for each thread
@@ -250,7 +261,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         born: list[tuple[torch.UntypedStorage, int]] = []
         new: set[int] = set()
         touched = False
-        for item in values.tensors_of(outputs):
+        for item in (outputs,) if isinstance(outputs, torch.Tensor) else values.tensors_of(outputs):
             if isinstance(item, FakeTensor) and item.fake_device.type == NAME:
                 touched = True
                 storage = item.untyped_storage()

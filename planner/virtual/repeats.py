@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from planner.virtual.operators import Operator
+from planner.virtual.values import tensors_of
 
 Plain = int | float | bool | str | None | torch.dtype | torch.device | torch.layout | torch.memory_format
 _PLAIN = set(get_args(Plain))
@@ -104,6 +105,32 @@ def like_each(tensors: Sequence[FakeTensor]) -> list[FakeTensor] | None:
 
 
 _META = torch.device("meta")
+
+
+def by_meta_kernel(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``func``, which returns new tensors alone, returns by torch's meta kernel: in a fifth of the time that
+    ``FakeTensorMode`` takes for the same, which decomposes many operators in Python. It is asked where tensors are not
+    plain or not all on one device."""
+    given: list[Any] = list(tensors_of((args, kwargs)))
+    plain = [tensor for tensor in given if isinstance(tensor, FakeTensor) and _is_plain(tensor)]
+    devices = {tensor.fake_device for tensor in plain}
+    mode = _active_mode()
+    if mode is None or len(plain) < len(given) or len(devices) != 1 or torch.is_inference_mode_enabled():
+        return func(*args, **kwargs)
+
+    def meta(item: Any) -> Any:
+        if isinstance(item, FakeTensor):
+            return torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device=_META)
+        if isinstance(item, (list, tuple)):
+            return [meta(each) for each in item]
+        return _META if isinstance(item, torch.device) else item
+
+    with torch._C._DisableTorchDispatch():
+        outputs = func(*meta(args), **{name: meta(value) for name, value in kwargs.items()})
+    device = kwargs.get("device") or plain[0].fake_device
+    if isinstance(outputs, torch.Tensor):
+        return _fake(mode, outputs, device)
+    return tuple(None if item is None else _fake(mode, item, device) for item in outputs)
 
 
 def _fake(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) -> FakeTensor:
