@@ -28,6 +28,9 @@ class Ascending:
     def load_kernels(self) -> None:
         """Changes nothing."""
 
+    def load_library(self, size: int) -> None:
+        self.reserve(size)
+
 
 def allocator(capacity: int | None = None, **settings) -> CachingAllocator:
     device = {name: settings.pop(name) for name in ("device_bytes", "device_total_bytes") if name in settings}
@@ -403,6 +406,20 @@ def test_loading_the_first_kernel_frees_memory_below_what_the_start_left() -> No
     assert addresses.reserve(20 * MIB) == placed[-1] + 20 * MIB
 
 
+def test_without_a_segment_in_its_range_that_memory_is_a_gap_until_cublas_has_its_workspace() -> None:
+    """As recorded for gpt2 (measurements/h200/spread.json.gz): the first segment makes a range that the small ones go
+    to; 544 and 448 MiB above it, then far below."""
+    addresses = TopDownAddresses()
+    weights = [addresses.reserve(size * MIB) for size in (148, 20, 2)]
+    assert _mib_from(weights[0], weights[2:]) == [148]
+    addresses.load_kernels()
+    first = addresses.reserve(20 * MIB)
+    addresses.load_library(64 * MIB)
+    workspace, later = (addresses.reserve(size * MIB) for size in (32, 74))
+    assert _mib_from(weights[0], [first, workspace]) == [544, 448]
+    assert later < weights[0]
+
+
 def test_a_replay_loads_kernels_at_the_first_step_and_libraries_take_their_share() -> None:
     class Logged(Ascending):
         def __init__(self) -> None:
@@ -416,11 +433,14 @@ def test_a_replay_loads_kernels_at_the_first_step_and_libraries_take_their_share
         def load_kernels(self) -> None:
             self.calls.append("kernels")
 
+        def load_library(self, size: int) -> None:
+            self.calls.append(f"library {size // MIB}")
+
     addresses = Logged()
     sizes = [30 * MIB, 40 * MIB, 32 * MIB]
     events = Events([0, 1, 2, ~1], sizes, steps=[(1, 4)], library_bytes={2: 64 * MIB})
     result = replay(events, addresses=addresses)
-    assert addresses.calls == ["30", "kernels", "40", "64", "32"]
+    assert addresses.calls == ["30", "kernels", "40", "library 64", "32"]
     assert (result.peak_reserved_bytes, result.num_steps) == (102 * MIB, 1)
     warm = Logged()
     replay(Events([0, 1, 2, ~1], sizes), addresses=warm)

@@ -59,6 +59,15 @@ def test_a_tie_between_free_blocks_is_decided_as_on_a_gpu(process: Process) -> N
     assert found["peaks"] == [[measured["alloc"], measured["reserved"]]]
 
 
+def test_a_gap_that_lasts_until_cublas_is_loaded_decides_too(process: Process) -> None:
+    """gpt2 at batch size 1 was 0.16% low, at 4 0.02% high, while the gap was taken for a hole."""
+    measured = _measured("gpt2-s1024", "bf16-amp")["peaks"]
+    sizes = ["1", "4", "8", "24"]
+    variant = {"precision": "bf16-amp"}
+    found = process.do("peaks", spec=_spec("gpt2-s1024"), variant=variant, batch_sizes=[int(size) for size in sizes])
+    assert found["peaks"] == [[measured[size]["alloc"], measured[size]["reserved"]] for size in sizes]
+
+
 def test_largest_batch_sizes_of_gpt2_are_exact(process: Process) -> None:
     measured = _measured("gpt2-s1024", "bf16-amp")["max_batch"]
     for limit, largest in (("16", 9), ("40", 27)):

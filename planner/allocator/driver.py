@@ -21,6 +21,9 @@ class AddressSpace(Protocol):
     def load_kernels(self) -> None:
         """The process is about to run its first kernel: the driver loads the program that has it."""
 
+    def load_library(self, size: int) -> None:
+        """A library (cuBLAS) takes ``size`` bytes from the driver. Its workspace is the next segment."""
+
 
 @dataclass(slots=True)
 class _Range:
@@ -37,7 +40,8 @@ class TopDownAddresses:
     The kernel gives the driver ranges of a multiple of 32 MiB (mmap), each at the top of the highest gap that it fits
     in. A segment goes to the newest range with room for it, there to the lowest address, else to a new range; a range
     that is wholly free goes back to the kernel. CUDA's start leaves 24 MiB free in one range and 2 MiB in a newer one,
-    where loading the first kernel frees another 414 MiB.
+    whose other 414 MiB loading the first kernel frees: a hole where a segment lies in the 2 MiB by then, else a gap, of
+    which cuBLAS's kernels take what is left once its workspace is there.
 
     *Measured* on an H200 (torch 2.11, ``measurements/h200/spread.json.gz`` and the traces in ``peaks.json.gz``): these
     figures were the same in every process. Those that did nothing before (ten of gpt2, five of each of five others)
@@ -50,28 +54,40 @@ class TopDownAddresses:
     NEWER_REST_BYTES = 2 * MIB
     FREED_BY_LOADING_BYTES = 414 * MIB
 
-    def __init__(self, freed_by_loading_bytes: int = FREED_BY_LOADING_BYTES) -> None:
+    def __init__(self) -> None:
         self._bottom = 0x7F00_0000_0000
         self._gaps: list[tuple[int, int]] = []
         self._of_segment: dict[int, _Range] = {}
-        self._freed_by_loading_bytes = freed_by_loading_bytes
-        older = self._started_with(0, self.OLDER_REST_BYTES)
-        self._newer = self._started_with(freed_by_loading_bytes, self.NEWER_REST_BYTES)
+        older = self._started_with(self.RANGE_BYTES - self.OLDER_REST_BYTES, self.OLDER_REST_BYTES)
+        self._newer = self._started_with(self.FREED_BY_LOADING_BYTES, self.NEWER_REST_BYTES)
+        self._loaded = self._library_loads = False
         self._ranges = [self._newer, older]  # the newest first
         self._no_room_for = sys.maxsize  # no range has a hole of so many bytes
 
     def _started_with(self, taken: int, rest: int) -> _Range:
-        """A range that a part of the driver's own keeps from ever being free."""
-        size = taken + rest + self.RANGE_BYTES
-        address = self._take(size)
-        return _Range(address, size, [(address + taken, rest)])
+        """A range that has something of the driver's own in its lower part."""
+        address = self._take(taken + rest)
+        return _Range(address, taken + rest, [(address + taken, rest)])
 
     def load_kernels(self) -> None:
-        if self._freed_by_loading_bytes:
-            self._open(self._newer, self._newer.address, self._freed_by_loading_bytes)
-            self._freed_by_loading_bytes = 0
+        if not self._loaded:
+            self._loaded = True
+            # What runs a kernel first of all has what that writes to in the range.
+            give = self._free if self._of_segment else self._open
+            give(self._newer, self._newer.address, self.FREED_BY_LOADING_BYTES)
+
+    def load_library(self, size: int) -> None:
+        self._place(size)
+        self._library_loads = True
 
     def reserve(self, size: int) -> int:
+        address = self._place(size)
+        if self._library_loads:
+            self._library_loads = False
+            self._gaps = [gap for gap in self._gaps if gap[0] < self._newer.address]
+        return address
+
+    def _place(self, size: int) -> int:
         if size < self._no_room_for:  # else there is no need to look through hundreds of ranges
             for among in self._ranges:
                 for index, (address, free) in enumerate(among.free):
@@ -89,7 +105,9 @@ class TopDownAddresses:
         return address
 
     def release(self, address: int, size: int) -> None:
-        among = self._of_segment.pop(address)
+        self._free(self._of_segment.pop(address), address, size)
+
+    def _free(self, among: _Range, address: int, size: int) -> None:
         self._open(among, address, size)
         if among.free == [(among.address, among.size)]:
             self._ranges.remove(among)

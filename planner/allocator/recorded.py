@@ -279,3 +279,6 @@ class _RecordedAddresses(AddressSpace):
 
     def load_kernels(self) -> None:
         """Likewise."""
+
+    def load_library(self, size: int) -> None:
+        """Likewise."""

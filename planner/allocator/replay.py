@@ -65,7 +65,7 @@ class Events:
         if index == self.first_kernel:
             addresses.load_kernels()
         if index in self.library_bytes:
-            addresses.reserve(self.library_bytes[index])
+            addresses.load_library(self.library_bytes[index])
 
     def live_after(self, index: int) -> list[int]:
         """The blocks that are live after event ``index``, in the order of their allocation."""
