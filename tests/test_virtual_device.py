@@ -199,3 +199,24 @@ def test_a_ctc_loss_runs_as_cuda_chooses(process: Process, length: int, moved: s
         assert (operators, doubts) == (["aten::_cudnn_ctc_loss"], ["_cudnn_ctc_loss"])
     else:
         assert (operators, doubts) == (["aten::_ctc_loss", "aten::_ctc_loss_backward"], [])
+
+
+CTC_OF_LOGITS = """
+features = torch.randn(11, 199, 768, device=device, requires_grad=True)
+logits = torch.nn.functional.linear(features, torch.randn(40, 768, device=device), torch.zeros(40, device=device))
+log_probs = logits.log_softmax(-1).transpose(0, 1)
+targets = torch.randint(1, 40, (11 * 70,))
+lengths = torch.full((11,), 199), torch.full((11,), 70)
+torch.nn.functional.ctc_loss(log_probs, targets, *lengths).backward()
+softmax = trace.operators.index("aten::_log_softmax_backward_data")
+result = [[name, size] for name, size in zip(trace.operators[softmax:], trace.sizes[softmax:]) if size > 300_000]
+"""
+
+
+def test_the_gradient_of_a_softmax_before_a_ctc_loss_is_contiguous(process: Process) -> None:
+    """wav2vec2 of 4 s at batch size 11, recorded on an H200: 350,240 bytes twice, then the product's."""
+    found = process.run(CTC_OF_LOGITS)
+    assert found[:3] == [
+        ["aten::_log_softmax_backward_data", 350_240], ["aten::_log_softmax_backward_data", 350_240],
+        ["aten::mm", 4 * 11 * 199 * 768],
+    ]  # fmt: skip

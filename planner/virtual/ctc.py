@@ -133,12 +133,19 @@ def _backward_output(_grad: torch.Tensor, log_probs: torch.Tensor, *_: Any) -> t
     return torch.empty_like(log_probs, memory_format=torch.contiguous_format)
 
 
+def _log_softmax_gradient(grad: torch.Tensor, _: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """Contiguous, however ``grad`` lies (the loss's gradient comes step by step): ``log_softmax_backward_data`` of
+    aten/src/ATen/native/SoftMax.cpp. torch's function for fake tensors says it lies like ``grad``."""
+    return torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 SHAPE_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten._ctc_loss.default: _native_outputs,
     aten._cudnn_ctc_loss.default: _cudnn_outputs,
     aten._ctc_loss_backward.default: _backward_output,
+    aten._log_softmax_backward_data.default: _log_softmax_gradient,
 }
-"""Of the operators that torch has none for, or one that reads tensors."""
+"""Of the operators that torch has none for, one that reads tensors, or one that knows less than CUDA."""
 
 
 @rule("_ctc_loss")
