@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -438,3 +440,25 @@ def test_tensors_have_the_range_that_the_spec_says() -> None:
     assert bool(batch["mask"].all())
     assert (batch["half"].dtype, batch["half"].shape) == (torch.float16, (20,))
     assert set(batch["flags"].flatten().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("looked_before", [False, True])
+def test_building_a_model_imports_no_library_for_generated_text(tmp_path: Path, looked_before: bool) -> None:
+    """scikit-learn takes seconds to import; the user's own code still finds it."""
+    (tmp_path / "sklearn").mkdir()
+    (tmp_path / "sklearn" / "__init__.py").write_text("")
+    (tmp_path / "sklearn" / "metrics.py").write_text("def roc_curve(): ...\n")
+    config = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64}
+    model = {"source": "transformers", "model_type": "gpt2", "task": "causal-lm", "config": config}
+    look = "import transformers.utils; transformers.utils.is_sklearn_available()\n" if looked_before else ""
+    code = (
+        f"{look}import sys; from planner.specs.document import parse_spec; from planner.training import build_model\n"
+        f"build_model(parse_spec({ {'model': model, 'data': TOKENS, 'train': {'optimizer': 'adamw'}}!r}))\n"
+        "print('transformers.generation.candidate_generator' in sys.modules, 'sklearn' in sys.modules)\n"
+        "import sklearn.metrics; print(sklearn.__name__)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", str(looked_before), "sklearn"]

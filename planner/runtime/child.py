@@ -7,6 +7,7 @@ whose thread pool it had started.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,7 @@ def build(document: Mapping[str, Any]) -> Built:
     # What a trial would import by itself; the first optimizer of a process imports torch._dynamo (torch/_compile.py).
     import torch._dynamo
 
+    importlib.import_module("planner.runtime.trial")
     from planner.training import build_model
 
     spec = parse_spec(document)
