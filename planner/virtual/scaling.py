@@ -83,8 +83,13 @@ class TraceFamily:
             a if a == b else max(0, a + (b - a) * (batch_size - low) // (high - low))
             for a, b in zip(first.sizes, second.sizes, strict=True)
         ]
+        found: dict[tuple[int, int], int] = {}  # calls that repeat share their formula
         for block, formula in first.formulas.items():
-            sizes[block] = formula.between(second.formulas[block], low, high, batch_size)
+            other = second.formulas[block]
+            key = id(formula), id(other)
+            if key not in found:
+                found[key] = formula.between(other, low, high, batch_size)
+            sizes[block] = found[key]
         doubts = _largest(
             (doubt.operator, doubt.error.between(other.error, low, high, batch_size), doubt.modelled)
             for doubt, other in zip(first.doubts, second.doubts, strict=True)
