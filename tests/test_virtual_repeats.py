@@ -227,7 +227,6 @@ samples = {
     "_log_softmax": [(x, -1, False), (low, 0, False)],
     "_softmax": [(x, 1, False), (low, -1, False)],
     "_safe_softmax": [(x, -1)],
-    "_log_softmax_backward_data": [(x, x, -1, torch.float32)],
     "_softmax_backward_data": [(x, x, -1, torch.float32)],
     "_to_copy": [
         (x,), (x, dict(dtype=torch.bfloat16)), (x, dict(device=torch.device("cpu"))),

@@ -81,9 +81,9 @@ _ONE_BY_ONE = [getattr(aten, f"_foreach_{name}").default for name in ("sqrt", "n
 
 _BY_META_KERNEL = [
     packet.default
-    for name in """_log_softmax _log_softmax_backward_data _safe_softmax _softmax _softmax_backward_data _to_copy addmm
-    bmm mm native_dropout native_dropout_backward native_layer_norm native_layer_norm_backward silu_backward
-    slice_backward tanh_backward threshold_backward""".split()
+    for name in """_log_softmax _safe_softmax _softmax _softmax_backward_data _to_copy addmm bmm mm native_dropout
+    native_dropout_backward native_layer_norm native_layer_norm_backward silu_backward slice_backward tanh_backward
+    threshold_backward""".split()
     if (packet := getattr(aten, name, None)) is not None
 ]
 """Operators of which ``FakeTensorMode`` says the same, and is slow to say it."""
@@ -132,8 +132,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: dict[int, tuple[Any, int | None]] = {}
         self._answers: dict[repeats.Key, _Seen] = {}
         self._stopped = False
-        # Of operators whose own shape function is missing or knows less than CUDA.
+        # Of operators whose own shape function is slow, is missing or knows less than CUDA.
         self._shape_functions: dict[Any, Callable[..., Any]] = {
+            **{func: functools.partial(repeats.by_meta_kernel, func) for func in _BY_META_KERNEL},
             _GROUPED_MM: _grouped_mm,
             aten.convolution.default: convolution_kernels.result,
             aten.convolution_backward.default: convolution_kernels.gradients,
@@ -142,7 +143,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             aten._cudnn_rnn_backward.default: recurrent.backward_outputs,
             **ctc.SHAPE_FUNCTIONS,
             **dict.fromkeys(_UPDATES, _update),
-            **{func: functools.partial(repeats.by_meta_kernel, func) for func in _BY_META_KERNEL},
             **{func: functools.partial(_one_by_one, func) for func in _ONE_BY_ONE},
         }
         self._convolutions: dict[tuple[Any, ...], int] = {}  # PyTorch keeps their plans for each thread
