@@ -3,8 +3,8 @@
     python benchmarks/convolutions.py            # cross-validation
     python benchmarks/convolutions.py --write    # build planner/virtual/convolutions_sm90.json.gz
 
-The table is made of ``measurements/h200/convolution-plans.json.gz``, what cuDNN answered on a GPU, and of
-``depthwise-plans.json.gz``, what it answered without one. Printed are
+The table is made of ``measurements/h200/convolution-plans.json.gz`` and ``speech-plans.json.gz``, what cuDNN answered
+on a GPU, and of ``depthwise-plans.json.gz``, what it answered without one. Printed are
 
 - how far the table is from ``measurements/h200/convolutions.json.gz``: what PyTorch's convolutions were seen to
   allocate on that GPU, nothing of which is in the table;
@@ -32,6 +32,7 @@ from planner.virtual.plans import TAIL, Layer, Recipe, Table, Tensors, copied, e
 ROOT = Path(__file__).parents[1]
 PLANS = ROOT / "measurements" / "h200" / "convolution-plans.json.gz"
 DEPTHWISE = ROOT / "measurements" / "h200" / "depthwise-plans.json.gz"
+SPEECH = ROOT / "measurements" / "h200" / "speech-plans.json.gz"
 MEASURED = ROOT / "measurements" / "h200" / "convolutions.json.gz"
 TABLE = ROOT / "planner" / "virtual" / convolutions.TABLE
 TABLE_OF = {
@@ -58,7 +59,7 @@ class Row(NamedTuple):
 
 def answers() -> list[Row]:
     """What cuDNN said, as far as the table needs it."""
-    return [row for path in (PLANS, DEPTHWISE) for row in _answers(path)]
+    return [row for path in (PLANS, DEPTHWISE, SPEECH) for row in _answers(path)]
 
 
 def _answers(path: Path) -> list[Row]:

@@ -21,6 +21,7 @@ from planner.errors import ModelError
 from planner.virtual import assumptions, convolution_kernels, ctc, packing, recurrent, repeats, values
 from planner.virtual.attention import adds_in_place
 from planner.virtual.backend import NAME
+from planner.virtual.fills import check_fill
 from planner.virtual.indices import check_indices
 from planner.virtual.kernels import Kernels
 from planner.virtual.operators import Operator
@@ -219,6 +220,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._record(operator, args, kwargs, outputs, seen)
                 return outputs
         check_indices(func, args)
+        check_fill(func, args)
         real = values.compute_values(func, args, kwargs)
         assumed = real is not values.UNKNOWN and values.is_assumed(args, kwargs)
         if real is values.UNKNOWN:
