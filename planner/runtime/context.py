@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -21,11 +21,11 @@ class Context:
 
     device: torch.device
     context_bytes: int
-    """Of the CUDA context itself, on the whole device."""
+    """Of the CUDA context itself, on the whole device; 0 while another trial runs, beside which it was started."""
     communicator_bytes: int
     """What joining the other ranks took beside it: NCCL's buffers; 0 for a trial on one GPU."""
     used_before_bytes: int
-    """In use on the device before it was started."""
+    """In use on the device before any process of ours was there."""
     system: dict[str, Any]
     """What else of this machine can change a trial: versions of libraries and how the card is set up."""
     pids: tuple[int, ...]
@@ -72,14 +72,20 @@ class Context:
             others=tuple(others),
         )
 
+    def measure(self, card: Card, used_before_bytes: int) -> None:
+        """The trial beside which it was started has gone: tell what could not be told then."""
+        self.used_before_bytes = used_before_bytes
+        self.context_bytes = card.used_bytes() - used_before_bytes - torch.cuda.memory_reserved(self.device)
+
     def begin(self) -> None:
         """Count peaks and retries from here on."""
         torch.cuda.reset_peak_memory_stats(self.device)
         torch.cuda.reset_accumulated_memory_stats(self.device)
 
-    def strangers(self, card: Card) -> tuple[int, ...]:
-        """Processes that came to the GPU since: what is measured beside them is not the trial's own."""
-        return tuple(sorted({*card.compute_processes()} - {*self.pids, *self.others}))
+    def strangers(self, card: Card, known: Iterable[int] = ()) -> tuple[int, ...]:
+        """Processes that came to the GPU since, but for those ``known``: what is measured beside them is not the
+        trial's own."""
+        return tuple(sorted({*card.compute_processes()} - {*self.pids, *self.others, *known}))
 
     def moved(self) -> None:
         """The model, and what goes with it, is on the device; nothing was trained yet."""
