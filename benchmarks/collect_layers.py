@@ -1,10 +1,11 @@
 """Collect the convolutions of many networks: what ``benchmarks/measure_plans.py`` asks cuDNN about. Needs no GPU.
 
-    python benchmarks/collect_layers.py [--seconds 500]
+    python benchmarks/collect_layers.py [--seconds 500]     # 5000 for all networks
 
-Every model of torchvision, up to four of each family of timm, at their own input sizes; some at others; and layers of
-U-Nets, patch embeddings, speech models, and at random, so that unseen layers have neighbours. The models are made on
-the meta device. Writes ``measurements/convolution-layers.json.gz``.
+Every model of torchvision, up to four of each family of timm, at their own input sizes; those of
+``benchmarks/popular_networks.py`` at others too; and layers of U-Nets, patch embeddings, speech models, and at random,
+so that unseen layers have neighbours. The models have no data (the meta device). Adds to
+``measurements/convolution-layers.json.gz``: what is there stays, the layers of most networks come next.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import random
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from popular_networks import SAMPLES, SIDES, SPEECH, TIMM, TORCHVISION, TRANSFORMERS
 
 from planner.training.models import _require
 
@@ -51,15 +54,26 @@ def watched(model: torch.nn.Module, *inputs: torch.Tensor) -> list[Layer]:
 
 
 def of_models() -> Iterator[Callable[[], list[Layer]]]:
-    torchvision, timm = _require("torchvision"), _require("timm")
+    torchvision, timm, transformers = (_require(name) for name in ("torchvision", "timm", "transformers"))
 
     def vision(name: str, shape: tuple[int, ...]) -> list[Layer]:
         backbone = {"weights_backbone": None} if name in segmenting else {}
-        return watched(torchvision.models.get_model(name, weights=None, **backbone).eval(), torch.empty(2, 3, *shape))
+        with torch.device("cpu" if name.startswith("regnet") else "meta"):  # a regnet computes its widths
+            model = torchvision.models.get_model(name, weights=None, **backbone)
+        return watched(model.to("meta").eval(), torch.empty(2, 3, *shape))
 
-    def image(name: str) -> list[Layer]:
+    def image(name: str, side: int = 0) -> list[Layer]:
         model = timm.create_model(name, pretrained=False).eval()
-        return watched(model, torch.empty(2, *model.default_cfg["input_size"]))
+        if side and model.default_cfg.get("fixed_input_size"):
+            return []
+        return watched(model, torch.empty(2, *([3, side, side] if side else model.default_cfg["input_size"])))
+
+    def hub(kind: str, *inputs: int, **changes: int) -> list[Layer]:
+        config = transformers.AutoConfig.for_model(kind)
+        for name, value in changes.items():
+            if isinstance(getattr(config, name, None), int):
+                setattr(config, name, value)
+        return watched(transformers.AutoModel.from_config(config).eval(), torch.empty(2, *inputs))
 
     segmenting = torchvision.models.list_models(module=torchvision.models.segmentation)
     for name in torchvision.models.list_models(module=torchvision.models):
@@ -82,6 +96,13 @@ def of_models() -> Iterator[Callable[[], list[Layer]]]:
     for name in chosen:
         if not re.search(r"giant|_so|huge|gigantic|xxlarge|22b|7b|1b", name):
             yield lambda name=name: image(name)
+    for side in SIDES:
+        yield from (lambda name=name, side=side: vision(name, (side, side)) for name in TORCHVISION)
+        if side >= 192:
+            yield from (lambda name=name, side=side: image(name, side) for name in TIMM)
+            yield from (lambda kind=kind, side=side: hub(kind, 3, side, side, image_size=side) for kind in TRANSFORMERS)
+            yield from (lambda name=name, side=side: vision(name, (side, side)) for name in segmenting)
+    yield from (lambda kind=kind, length=length: hub(kind, length) for kind in SPEECH for length in SAMPLES)
 
 
 def square(
@@ -121,6 +142,18 @@ def of_shapes() -> Iterator[Layer]:
                     yield square(c, 2 * c, 2, 2, 0, s)
                     yield square(c, c, 3, 2, 1, s)
                     yield square(c, c, 1, 1, 0, s)
+    for width in (64, 32, 48, 96, 16, 128):  # U-Nets that join, add, shrink or widen in other ways
+        for side in (256, 128, 512, 224, 192, 320, 384, 160, 96, 288, 448, 64, 572, 240, 400, 480, 640):
+            for level in range(6 if width <= 64 else 5):
+                c, s = width << level, side >> level
+                if s >= 4 and side % (1 << level) == 0:
+                    for b, k in ((c // 2, c), (c, c), (2 * c, c), (3 * c, c), (c, c // 2)):
+                        yield square(b, k, 3, 1, 1, s)
+                    for b, k in ((c, c), (2 * c, c), (c // 2, c)):
+                        yield square(b, k, 1, 1, 0, s)
+                    yield square(c, 2 * c, 2, 2, 0, s)
+                    yield square(c, 2 * c, 3, 2, 1, s)
+                    yield square(c, 2 * c, 4, 2, 1, s)
     for patch in (8, 14, 16, 32):
         for width in (192, 384, 512, 768, 1024, 1280, 1408):
             for side in (224, 256, 336, 384, 448, 518):
@@ -183,7 +216,7 @@ def main() -> None:
         raise TimeoutError
 
     signal.signal(signal.SIGALRM, too_long)
-    found = [*of_shapes(), *at_random()]
+    used: Counter[str] = Counter()
     start, models = time.monotonic(), 0
     with torch.device("meta"):
         for model in of_models():
@@ -191,15 +224,16 @@ def main() -> None:
                 break
             signal.alarm(PER_MODEL_S)
             try:
-                found += model()
+                used.update({json.dumps(layer) for layer in model()})
                 models += 1
             except Exception as error:  # noqa: BLE001 - some models need more than a meta tensor
                 print(f"left out: {type(error).__name__}: {str(error)[:100]}")
             finally:
                 signal.alarm(0)
-    # Depthwise convolutions have a rule of their own and need no table.
-    layers = [json.loads(text) for text in dict.fromkeys(json.dumps(layer) for layer in found if makes_sense(layer))]
-    layers = [layer for layer in layers if not layer[2] == layer[0] > 1]
+    known = [json.dumps(layer) for layer in json.loads(gzip.decompress(OUT.read_bytes()))]
+    shapes = [json.dumps(layer) for layer in (*of_shapes(), *at_random())]
+    found = dict.fromkeys([*known, *(text for text, _ in used.most_common()), *shapes])
+    layers = [layer for layer in map(json.loads, found) if makes_sense(layer)]
     OUT.write_bytes(gzip.compress(json.dumps(layers).encode(), mtime=0))
     print(f"{models} models, {len(layers)} layers: {OUT}")
 

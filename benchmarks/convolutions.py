@@ -1,10 +1,10 @@
 """How well ``planner.virtual.convolutions`` knows workspaces that it was not shown; builds its table.
 
     python benchmarks/convolutions.py            # cross-validation
-    python benchmarks/convolutions.py --write    # build planner/virtual/convolutions_sm90.json.gz
+    python benchmarks/convolutions.py --write    # build planner/virtual/convolutions_sm90.json.xz
 
-The table is made of ``measurements/h200/convolution-plans.json.gz`` and ``speech-plans.json.gz``, what cuDNN answered
-on a GPU, and of ``depthwise-plans.json.gz``, what it answered without one. Printed are
+The table is made of the ``*-plans*.json.gz`` in ``measurements/h200``: what cuDNN answered on a GPU, and in
+``depthwise-plans.json.gz`` what it answered without one. Printed are
 
 - how far the table is from ``measurements/h200/convolutions.json.gz``: what PyTorch's convolutions were seen to
   allocate on that GPU, nothing of which is in the table;
@@ -19,32 +19,37 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import lzma
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from planner.virtual import convolutions
-from planner.virtual.convolutions import DIRECTIONS, ELEMENT_BYTES, Workspace
+from planner.virtual.convolutions import DIRECTIONS, Workspace
 from planner.virtual.plans import TAIL, Layer, Recipe, Table, Tensors, copied, encode_line
 
 ROOT = Path(__file__).parents[1]
-PLANS = ROOT / "measurements" / "h200" / "convolution-plans.json.gz"
-DEPTHWISE = ROOT / "measurements" / "h200" / "depthwise-plans.json.gz"
-SPEECH = ROOT / "measurements" / "h200" / "speech-plans.json.gz"
+PLANS = sorted((ROOT / "measurements" / "h200").glob("*-plans*.json.gz"))
 MEASURED = ROOT / "measurements" / "h200" / "convolutions.json.gz"
 TABLE = ROOT / "planner" / "virtual" / convolutions.TABLE
 TABLE_OF = {
-    "bfloat16-nchw": Tensors(2, False),
-    "bfloat16-nhwc": Tensors(2, True),
-    "float32-nchw": Tensors(4, False),
-    "float32-nhwc": Tensors(4, True),
+    "bfloat16-nchw": Tensors("bfloat16", False),
+    "bfloat16-nhwc": Tensors("bfloat16", True),
+    "float16-nchw": Tensors("float16", False),
+    "float16-nhwc": Tensors("float16", True),
+    "float32-nchw": Tensors("float32", False),
+    "float32-nhwc": Tensors("float32", True),
 }
+SETS = ("iow", "io", "iw", "ow", "i", "o", "w", "IOW", "IO", "IW", "OW", "I", "O")
 BLOCK = 512  # the allocator's unit, thus the resolution of a measurement
 UNSPLIT = 1 << 20  # a rest of at most this much stays part of a large block
 MIB = 1 << 20
 CUBLASLT_WGRAD = 62  # cuDNN's engine that leaves the gradient of 1x1 weights to cuBLASLt
+FEW_BYTES = 4096
 MOST_EXTRA = 34 << 20  # more than this beside the copies was never seen
 
 
@@ -59,7 +64,7 @@ class Row(NamedTuple):
 
 def answers() -> list[Row]:
     """What cuDNN said, as far as the table needs it."""
-    return [row for path in (PLANS, DEPTHWISE, SPEECH) for row in _answers(path)]
+    return [row for path in PLANS for row in _answers(path)]
 
 
 def _answers(path: Path) -> list[Row]:
@@ -73,6 +78,7 @@ def _answers(path: Path) -> list[Row]:
         for index, column in enumerate(columns)
         for n, plan in zip(document["batches"], column, strict=True)
         if plan is not None and plan[1] >= 0 and not (TABLE_OF[kind].channels_last and len(layers[index].kernel) == 1)
+        if convolutions.is_tabled(direction, TABLE_OF[kind], layers[index])
     ]
 
 
@@ -80,7 +86,7 @@ def measured() -> list[Row]:
     """What PyTorch's convolutions were seen to allocate, in multiples of 512 bytes."""
     document = json.loads(gzip.decompress(MEASURED.read_bytes()))
     return [
-        Row(layer, n, Tensors(ELEMENT_BYTES[dtype], bool(last)), direction, size)
+        Row(layer, n, Tensors(dtype, bool(last)), direction, size)
         for dtype, last, n, c, k, groups, *sides, forward, dgrad, wgrad in document["rows"]
         for layer in (Layer(c, k, groups, *map(tuple, sides)),)
         if not (last and len(layer.kernel) == 1)  # those run in NCHW
@@ -96,14 +102,14 @@ def explain(row: Row) -> Recipe:
         return Recipe(extra=row.bytes)
     if (row.direction, row.engine, layer.taps) == ("wgrad", CUBLASLT_WGRAD, 1) and not tensors.channels_last:
         return Recipe(per_sample=True, extra=max(0, row.bytes - 4 * row.n * layer.weights))
-    aligned = 8 if tensors.element_bytes == 2 else 4
-    if tensors.channels_last and layer.c % aligned == 0 == layer.k % aligned and not layer.depthwise:
-        return Recipe(extra=row.bytes)
     parts = copied(layer, row.n, tensors)
+    multiple = 16 // tensors.element_bytes
+    laid_out = tensors.channels_last and layer.groups == 1 and layer.c % multiple == 0 == layer.k % multiple
+    most = FEW_BYTES if laid_out and row.bytes <= MOST_EXTRA else MOST_EXTRA  # copies are rare there
     found = Recipe(extra=row.bytes)
-    for copies in ("iow", "io", "iw", "ow", "i", "o", "w"):
+    for copies in SETS:
         rest = row.bytes - sum(parts[name] for name in copies) - TAIL
-        if 0 <= rest <= MOST_EXTRA and rest < found.extra:
+        if 0 <= rest <= most and rest < found.extra:
             found = Recipe(copies, extra=rest)
     return found
 
@@ -111,23 +117,32 @@ def explain(row: Row) -> Recipe:
 def build(rows: Iterable[Row]) -> dict[str, Any]:
     """The table's content: layers, batch sizes, and a line of recipes for each layer, kind of tensors and direction."""
     kept = list(rows)
-    layers = {layer: number for number, layer in enumerate(dict.fromkeys(row.layer for row in kept))}
+    alike = attrgetter("family", "kernel", "stride", "groups", "c", "k", "input_size")  # such an order compresses best
+    ordered = sorted({row.layer for row in kept}, key=alike)
+    layers = {layer: number for number, layer in enumerate(ordered)}
     batches = {n: number for number, n in enumerate(sorted({row.n for row in kept}))}
     cells: dict[str, list[list[Recipe | None]]] = defaultdict(lambda: [[None] * len(batches) for _ in layers])
     for row in kept:
         cells[f"{row.tensors.key} {row.direction}"][layers[row.layer]][batches[row.n]] = explain(row)
+    families = groupby(ordered, key=attrgetter("family"))
     return {
         "batches": list(batches),
-        "layers": [
-            (at.c, at.k, at.groups, at.kernel, at.stride, at.padding, at.dilation, at.input_size) for at in layers
-        ],
-        "recipes": {key: [encode_line(line) for line in lines] for key, lines in sorted(cells.items())},
+        "layers": {name: "\n".join(layer.text for layer in members) for name, members in families},
+        "recipes": {
+            key: "\n".join(encode_line(line, other) for line, other in zip(lines, _like(key, cells), strict=True))
+            for key, lines in sorted(cells.items())
+        },
     }
+
+
+def _like(key: str, cells: Mapping[str, list[list[Recipe | None]]]) -> Sequence[list[Recipe | None] | None]:
+    """What float16's lines are written against: bfloat16's."""
+    return cells[f"b{key}"] if key.startswith("float16") else [None] * len(cells[key])
 
 
 def write(table: dict[str, Any]) -> None:
     text = json.dumps(table, separators=(",", ":"))
-    TABLE.write_bytes(gzip.compress(text.encode(), mtime=0))  # no time stamp: the same table gives the same file
+    TABLE.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def error(seen: int, found: Workspace, rounded: bool) -> int:
@@ -136,14 +151,17 @@ def error(seen: int, found: Workspace, rounded: bool) -> int:
     return 0 if rounded and 0 <= rest <= (UNSPLIT if seen > MIB else 3 * BLOCK) else abs(rest)
 
 
-def held_out(rows: list[Row], what: str, every: int = 10) -> Iterator[tuple[Row, Workspace]]:
-    """Each row of every tenth layer, and what the table says without the layer or without every second batch size."""
-    layers = list(dict.fromkeys(row.layer for row in rows))
-    chosen = set(layers[::every])
-    batches = sorted({row.n for row in rows})[1::2]
+def held_out(rows: list[Row], what: str, every: int = 30) -> Iterator[tuple[Row, Workspace]]:
+    """Each row of every 30th layer, and what the table says without the layer or without every second batch size."""
+    chosen = set(list(dict.fromkeys(row.layer for row in rows))[::every])
+    asked: dict[tuple[Tensors, Layer], set[int]] = defaultdict(set)
+    for row in rows:
+        if row.layer in chosen:
+            asked[row.tensors, row.layer].add(row.n)
+    second = {key: sorted(batches)[1::2] for key, batches in asked.items()}
 
     def hidden(row: Row) -> bool:
-        return row.layer in chosen and (what == "layer" or row.n in batches)
+        return row.layer in chosen and (what == "layer" or row.n in second[row.tensors, row.layer])
 
     table = Table(build(row for row in rows if not hidden(row)))
     for row in rows:

@@ -1,11 +1,14 @@
 """Ask cuDNN on a GPU for the plan that PyTorch takes first: data for ``planner.virtual.convolutions``.
 
     python benchmarks/measure_plans.py [--out FOLDER] [--seconds 400] [--processes 16]     # FOLDER defaults to $OUT
+    python benchmarks/measure_plans.py --unanswered
 
 About the layers of ``measurements/convolution-layers.json.gz``, at up to 20 batch sizes, forward and both gradients. No
 convolution runs (``benchmarks/cudnn_plans.py``). Most informative questions first, then at random, so that a run cut
-short is still spread over everything. Writes ``convolution-plans.json.gz``: ``{torch, cudnn, gpu, layers, batches,
-plans}``, where ``plans["bfloat16-nchw forward"][layer][batch]`` is ``[engine, bytes]``, or null where it was not asked.
+short is still spread over everything; with ``--unanswered`` those alone that no file in ``measurements/h200`` answers,
+in the order of the layers, which is that of use. Alone on a GPU about 15,000 are answered a second, beside other work
+80. Writes ``convolution-plans.json.gz``: ``{torch, cudnn, gpu, layers, batches, plans}``, where ``plans["bfloat16-nchw
+forward"][layer][batch]`` is ``[engine, bytes]``, or null where it was not asked.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 LAYERS = Path("measurements/convolution-layers.json.gz")
+ANSWERS = Path("measurements/h200")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 FURTHER = (3, 6, 12, 24, 48, 96, 192, 256, 384, 512, 768, 1024)
 DIRECTIONS = ("forward", "dgrad", "wgrad")
-MOST_ELEMENTS = 2**31  # beyond, PyTorch leaves cuDNN: needs_64bit_indexing_no_split in Convolution.cpp
+MOST_ELEMENTS = 2**31  # beyond, cuDNN takes a part of the batch at a time (planner.virtual.plans.copied)
 Question = tuple[int, str, str, bool, int]  # layer, direction, dtype, channels last, batch size
 
 
@@ -37,7 +41,7 @@ def elements(layer: Any) -> int:
     return int(max(c * math.prod(size), k * math.prod(out)))
 
 
-def questions(layers: list[Any], dtypes: list[str]) -> list[Question]:
+def questions(layers: list[Any], dtypes: list[str], shuffled: bool = True) -> list[Question]:
     chosen = random.Random(0)  # noqa: S311 - a repeatable order, not a secret
 
     def of(kinds: list[tuple[str, bool]], batches: tuple[int, ...]) -> list[Question]:
@@ -48,13 +52,43 @@ def questions(layers: list[Any], dtypes: list[str]) -> list[Question]:
             if n * elements(layer) <= MOST_ELEMENTS
             for dtype, last in kinds
             for direction in DIRECTIONS
+            if matters(layer, direction, dtype, last)
         ]
-        chosen.shuffle(found)
+        if shuffled:
+            chosen.shuffle(found)
         return found
 
     nchw = [(dtype, False) for dtype in dtypes]
     nhwc = [(dtype, True) for dtype in dtypes if dtype != "float16"]  # which is taken as bfloat16
     return [*of(nchw, BATCHES), *of(nchw, FURTHER), *of(nhwc, (*BATCHES, 256))]
+
+
+def matters(layer: Any, direction: str, dtype: str, channels_last: bool) -> bool:
+    """Where each channel has a filter of its own, PyTorch asks cuDNN in float16 or NHWC alone; there only the gradient
+    of the weights takes a workspace."""
+    if not layer[2] == layer[0] > 1:
+        return True
+    return direction == "wgrad" if channels_last else dtype == "float16"
+
+
+def answered() -> set[str]:
+    """The questions that the files in ``measurements/h200`` answer, as ``told`` writes them."""
+    found = set()
+    for path in ANSWERS.glob("convolution-plans*.json.gz"):
+        document = json.loads(gzip.decompress(path.read_bytes()))
+        for key, columns in document["plans"].items():
+            for layer, column in zip(document["layers"], columns, strict=True):
+                asked = zip(document["batches"], column, strict=True)
+                found |= {told(key, n, layer) for n, plan in asked if plan is not None}
+    return found
+
+
+def told(key: str, n: int, layer: Any) -> str:
+    return f"{key} {n} {json.dumps(layer)}"
+
+
+def key_of(direction: str, dtype: str, channels_last: bool) -> str:
+    return f"{dtype}-{'nhwc' if channels_last else 'nchw'} {direction}"
 
 
 _cudnn: Any = None
@@ -83,10 +117,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400.0)
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "float16"])
+    parser.add_argument("--unanswered", action="store_true")
     options = parser.parse_args()
     begun = time.monotonic()
     layers = json.loads(gzip.decompress(LAYERS.read_bytes()))
-    asked = questions(layers, options.dtypes)
+    asked = questions(layers, options.dtypes, shuffled=not options.unanswered)
+    known = answered() if options.unanswered else set()
+    asked = [(i, *rest, n) for i, *rest, n in asked if told(key_of(*rest), n, layers[i]) not in known]
     whole = [(direction, dtype, last, n, *layers[index]) for index, direction, dtype, last, n in asked]
     batches = sorted((*BATCHES, *FURTHER))
     plans: dict[str, list[list[Any]]] = {}
@@ -97,7 +134,7 @@ def main() -> None:
             for (index, direction, dtype, last, n), plan in zip(
                 asked[answered : answered + len(part)], part, strict=True
             ):
-                key = f"{dtype}-{'nhwc' if last else 'nchw'} {direction}"
+                key = key_of(direction, dtype, last)
                 if key not in plans:
                     plans[key] = [[None] * len(batches) for _ in layers]
                 plans[key][index][batches.index(n)] = plan
@@ -105,7 +142,8 @@ def main() -> None:
             if time.monotonic() - begun > options.seconds:
                 break
         pool.terminate()
-    document |= {"command": "python benchmarks/measure_plans.py", "layers": layers, "batches": batches, "plans": plans}
+    command = "python benchmarks/measure_plans.py" + " --unanswered" * options.unanswered
+    document |= {"command": command, "layers": layers, "batches": batches, "plans": plans}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "convolution-plans.json.gz"
     path.write_bytes(gzip.compress(json.dumps(document, separators=(",", ":")).encode(), mtime=0))

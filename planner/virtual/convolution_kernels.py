@@ -15,7 +15,8 @@ import torch
 from torch._prims_common import suggest_memory_format
 
 from planner.virtual.architecture import Architecture
-from planner.virtual.convolutions import ELEMENT_BYTES, Direction, workspace_bytes
+from planner.virtual.convolutions import Direction, workspace_bytes
+from planner.virtual.plans import ELEMENT_BYTES
 from planner.virtual.reductions import partial_results
 from planner.virtual.rules import Call, Step, bytes_of, rule
 from planner.virtual.rules import outputs as results

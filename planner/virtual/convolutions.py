@@ -10,15 +10,15 @@ documented; asked on a GPU, workspaces are sums of such terms as these, which ``
 - partial sums of a reduction divided among thread blocks, bounded by the number of SMs, thus by some tens of MiB;
 - 16 bytes.
 
-The plan is looked up in a table of what the heuristics answered on one H200 (``convolutions_sm90.json.gz``, built by
+The plan is looked up in a table of what the heuristics answered on one H200 (``convolutions_sm90.json.xz``, built by
 ``benchmarks/convolutions.py``); a layer that is not in the table takes the recipe of the most similar ones in it, and
 the spread among those is its interval. Pure Python: no torch.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,14 +28,12 @@ from importlib.resources import files
 from typing import Literal, get_args
 
 from planner.errors import InvalidArgument, nearest
-from planner.virtual.plans import Layer, Recipe, Table, Tensors, closest
+from planner.virtual.plans import ELEMENT_BYTES, Layer, Recipe, Table, Tensors, closest
 
 Direction = Literal["forward", "dgrad", "wgrad"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
-TABLE = "convolutions_sm90.json.gz"
+TABLE = "convolutions_sm90.json.xz"
 MEASURED_ON = (9, 0)
-ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-MEASURED_TENSORS = (Tensors(2, False), Tensors(2, True), Tensors(4, False), Tensors(4, True))
 PARTIAL_SUMS = 20 << 20  # more than 99% of the measured divided reductions take less
 FAR = 2.5
 
@@ -92,8 +90,8 @@ def workspace_bytes(
     if n == 0 or min(layer.output_size) <= 0:
         return Workspace(0, 0, 0, True)
     # PyTorch gives cuDNN a 1d convolution as contiguous NCHW, whatever its strides.
-    tensors = Tensors(ELEMENT_BYTES[dtype], channels_last and len(layer.input_size) > 1)
-    known = tensors if tensors in MEASURED_TENSORS else Tensors(4, tensors.channels_last)
+    tensors = Tensors(dtype, channels_last and len(layer.input_size) > 1)
+    known = tensors._replace(dtype="float32") if dtype == "float64" else tensors
     found = _workspace(direction, known, tensors, layer, n)
     if compute_capability != MEASURED_ON or tensors != known:
         return _widened(found, layer, n, tensors)
@@ -103,9 +101,16 @@ def workspace_bytes(
 @lru_cache(maxsize=65536)
 def _workspace(direction: str, known: Tensors, tensors: Tensors, layer: Layer, n: int) -> Workspace:
     """The recipe is that of the ``known`` kind of tensors, its sizes are those of ``tensors``."""
-    if layer.depthwise and (direction, tensors) != ("wgrad", Tensors(4, True)):
-        return _depthwise(direction, tensors, layer, n)
-    return estimate(_table(), direction, known, tensors, layer, n)
+    if is_tabled(direction, tensors, layer):
+        return estimate(_table(), direction, known, tensors, layer, n)
+    return _depthwise(direction, tensors, layer, n)
+
+
+def is_tabled(direction: str, tensors: Tensors, layer: Layer) -> bool:
+    """Whether the table is asked, and not the rule for depthwise layers."""
+    if not layer.depthwise or tensors == Tensors("float16", False):
+        return True
+    return (direction, tensors) == ("wgrad", Tensors("float32", True))
 
 
 def estimate(table: Table, direction: str, known: Tensors, tensors: Tensors, layer: Layer, n: int) -> Workspace:
@@ -115,14 +120,16 @@ def estimate(table: Table, direction: str, known: Tensors, tensors: Tensors, lay
     interval is that of the layer at the batch sizes on either side, or of the similar layers; where even the most
     similar one is far, that of every set of copies.
     """
-    own = table.recipes(known.key, direction, layer)
+    own = table.recipes(known, direction, layer)
     if own:
         batches = list(own)
         around = [own[batch] for batch in (n, *_around(n, batches)) if batch in own]
         sizes = [recipe.bytes(layer, n, tensors) for recipe in around]
         first = own[closest(n, batches)].bytes(layer, n, tensors)
-        return Workspace(first, first, first, True) if n in own else Workspace(first, min(sizes), max(sizes), False)
-    alike = table.alike(known.key, direction, layer, n)
+        if n in table.answers(known, direction, layer):
+            return Workspace(first, first, first, True)
+        return Workspace(first, min(sizes), max(sizes), False)
+    alike = table.alike(known, direction, layer, n)
     sizes = [recipe.bytes(layer, n, tensors) for _, recipe in alike]
     if not alike:
         return _widened(Workspace(0, 0, 0, False), layer, n, tensors)
@@ -165,7 +172,7 @@ def _widened(found: Workspace, layer: Layer, n: int, tensors: Tensors) -> Worksp
 
 @cache
 def _table() -> Table:
-    return Table(json.loads(gzip.decompress(files("planner.virtual").joinpath(TABLE).read_bytes())))
+    return Table(json.loads(lzma.decompress(files("planner.virtual").joinpath(TABLE).read_bytes())))
 
 
 def _around(n: int, batches: Sequence[int]) -> tuple[int, ...]:
