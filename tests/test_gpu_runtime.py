@@ -132,6 +132,7 @@ def test_a_warm_process_shows_what_a_fresh_one_shows(device):
 
 def test_a_process_begun_ahead_shows_what_any_fresh_one_shows(card, device):
     """The second trial's process was begun beside the first one, which ran out of memory; the third is alone."""
+    device.begins_ahead = True
     with device.open(parse_spec(SMALL), Variant()) as runner:
         trials = [runner.run(size, fresh=True) for size in (100_000, 8, 8)]
     assert [trial.details.get("started_ahead", False) for trial in trials] == [False, True, False]

@@ -1,6 +1,7 @@
 """The next trial's process, begun beside the present trial: real forks, no GPU."""
 
 import contextlib
+from functools import partial
 
 import pytest
 
@@ -21,7 +22,18 @@ from tests.test_processes import gone
 @pytest.fixture
 def make_device():
     with local_devices() as make:
-        yield make
+        yield partial(make, begins_ahead=True)
+
+
+def test_nothing_is_begun_ahead_unless_it_is_asked_for(make_device):
+    device = make_device.func()
+    device.prepare(make_spec(), [BF16, FP32])
+    trials = []
+    for variant in (BF16, FP32):
+        with device.open(make_spec(), variant) as runner:
+            trials += [runner.run(size, fresh=True) for size in (9, 10)]
+    assert [trial.details["beside"]["num_contexts"] for trial in trials] == [0, 0, 0, 0]
+    assert not any("started_ahead" in trial.details for trial in trials)
 
 
 def test_the_next_trials_process_is_begun_beside_a_trial(make_device):

@@ -43,6 +43,8 @@ class LocalDevice:
     A preloaded process (``planner.runtime.child``) is kept for the spec in hand, and goes with this object.
     ``peers`` are further cards of the same type, for variants on several GPUs.
     ``stands_for`` is the GPU type whose capacity that is, where it is not this one's.
+    ``begins_ahead``: begin the next trial's process beside a trial. Off, for what a trial with one beside it shows has
+    not been compared with one alone on a GPU (``tests/test_gpu_runtime.py``).
     ``child_module`` and ``wait_idle`` are for tests.
     """
 
@@ -54,6 +56,7 @@ class LocalDevice:
         peers: Sequence[LocalGpu] = (),
         stands_for: Gpu | None = None,
         trial_timeout_s: float = TRIAL_TIMEOUT_S,
+        begins_ahead: bool = False,
         child_module: str = "planner.runtime.child",
         wait_idle: WaitIdle = wait_until_idle,
     ) -> None:
@@ -63,6 +66,7 @@ class LocalDevice:
         self.capacity_bytes = capacity_bytes
         self.stands_for = stands_for
         self.trial_timeout_s = trial_timeout_s
+        self.begins_ahead = begins_ahead
         self._child_module = child_module
         self._wait_idle = wait_idle
         self._preloaded: dict[str, Child] = {}  # by what was built; one at most
@@ -145,7 +149,7 @@ class LocalDevice:
 
     def end(self, variant: Variant) -> None:
         """No trial of ``variant`` is coming. A process that was begun for the next variant waits for it."""
-        if self.after(variant) is None:
+        if not self.begins_ahead or self.after(variant) is None:
             self.rest()
 
     def after(self, variant: Variant) -> Variant | None:
@@ -215,6 +219,8 @@ class LocalRunner:
 
     def _ahead(self) -> dict[str, Any] | None:
         """What is to be begun beside a fresh trial: the second that decides, then the first of the next variant."""
+        if not self._device.begins_ahead:
+            return None
         self._num_fresh += 1
         variant = self._variant if self._num_fresh == 1 else self._device.after(self._variant)
         room_bytes = self._device.room_bytes()
