@@ -244,8 +244,9 @@ class _VariantWork:
                 plan = self._predict(predictor, self.variant)
         except InvalidSpec:
             raise
-        except (InvalidInput, DeviceError):
-            return None  # the real device says what is wrong, if it is
+        except (InvalidInput, DeviceError) as error:  # the real device says what is wrong with the work, if it is
+            self.predicted_failure = error.message
+            return None
         if plan.status is PlanStatus.FAILED and plan.error is not None:
             self.predicted_failure = str(plan.error["message"])
         if plan.variant == self.variant:
@@ -285,6 +286,8 @@ class _VariantWork:
             return self.answers.failed(result.failure, result.notes, self.predicted_failure)
         self._compare(runner, result)
         notes = [*notes_of(result.trials), *result.notes]
+        if self.predicted_failure is not None:
+            notes.append(f"the search began without a prediction: {self.predicted_failure}")
         if result.best is not None:
             found, said = self._beyond(runner, result, result.best)
             details |= found

@@ -146,6 +146,16 @@ def test_what_a_gpu_cannot_explain_the_virtual_one_does(batch_size):
     )
 
 
+@pytest.mark.parametrize("error", [ModelError("no such operator", field="model"), DeviceLost("no such operator")])
+def test_a_measured_plan_says_why_nothing_was_predicted(error):
+    virtual = ThresholdDevice(9, source=PREDICTED, script={(FP32, 8): [error]})
+    (plan,) = plan_sweep(make_spec(), ThresholdDevice(9), predict_start=virtual)
+    assert (plan.max_batch_size, plan.predicted_max_batch_size) == (9, None)
+    assert "the search began without a prediction: no such operator" in plan.notes
+    (plan,) = plan_sweep(make_spec(), ThresholdDevice(9), predict_start=ThresholdDevice(9, source=PREDICTED))
+    assert not any("without a prediction" in note for note in plan.notes)
+
+
 def test_a_plan_that_was_measured_under_a_limit_says_so_for_whoever_asks():
     store, device = MemoryStore(), ThresholdDevice(9)
     given = {"gpu": "h200", "capacity_bytes": 16 * GIB, "unlimited_capacity_bytes": 139 * GIB}
