@@ -33,22 +33,25 @@ def start_cuda(built):
     return before, built["contexts"][0] - before
 
 
-def start(built, *, variant, batch_size, room_bytes=None, **request):
+def start(built, *, variant, batch_size, room_bytes=None, used_before_bytes=None, **request):
     """For the trial of ``batch_size``, or beside it with ``room_bytes``."""
+    if used_before_bytes is not None:
+        time.sleep(0.1)  # long enough for another context to come
+        built["told_bytes"], built["contexts_when_measured"] = used_before_bytes, built["contexts"][0]
+        return {"pids": [5000], "used_before_bytes": 11, "bytes": 100}
     _, num_new = start_cuda(built)
     built["began_s"] = time.monotonic()
     found = [5000, 5001][:num_new]
     if room_bytes is None:
-        return {"pids": found, "bytes": 0}
+        return {"pids": found, "used_before_bytes": 11, "bytes": 0}
+    built["room_bytes"] = room_bytes
     built["moved"] = variant
     if batch_size in START_ACTS:
         START_ACTS[batch_size]()
-    return {"pids": STRANGERS.get(batch_size, found), "bytes": 100}
+    return {"pids": STRANGERS.get(batch_size, found), "used_before_bytes": 7, "bytes": 100}
 
 
-def run_trial(
-    built, *, variant, batch_size, capacity_bytes, gpu_uuids, keep, accumulation_steps, settle, used_before_bytes=None
-):
+def run_trial(built, *, variant, batch_size, capacity_bytes, gpu_uuids, keep, accumulation_steps, settle):
     built["trials"] += 1  # in the fork's copy only
     if "began_s" not in built:
         built["began_s"] = start_cuda(built) and time.monotonic()
@@ -57,7 +60,7 @@ def run_trial(
         act()
     beside = settle()
     return {
-        "outcome": "fits" if batch_size <= THRESHOLD else "oom",
+        "outcome": "failed" if batch_size == FAULTY else "fits" if batch_size <= THRESHOLD else "oom",
         "error": None if batch_size <= THRESHOLD else "CUDA out of memory",
         "peaks": {"allocated_bytes": 1, "reserved_bytes": 2, "device_bytes": 3},
         "num_alloc_retries": 4,
@@ -67,7 +70,8 @@ def run_trial(
             "visible": os.environ["CUDA_VISIBLE_DEVICES"], "capacity": capacity_bytes, "uuid": gpu_uuids[0],
             "variant": variant, "accumulation_steps": accumulation_steps, "beside": beside,
             "began_s": built.get("began_s"), "moved": built.get("moved"), "ended_s": time.monotonic(),
-            "used_before_bytes": 11, "told_bytes": used_before_bytes,
+            "used_before_bytes": 11, "told_bytes": built.get("told_bytes"), "room_bytes": built.get("room_bytes"),
+            "contexts_when_measured": built.get("contexts_when_measured"), "contexts": built["contexts"][0],
         },
         "warm": keep and batch_size not in SPOILS,
         "held": {"bytes": 7, "pids": [4242]},
@@ -105,6 +109,8 @@ def kill_the_zygote():
     time.sleep(600)
 
 
+FAULTY = 120
+"""The batch size of a trial that the GPU fails in, which says all that it measured."""
 SPOILS = (7,)
 """Batch sizes whose trial leaves something behind, as an out of memory inside a backward pass can."""
 ACTS = {

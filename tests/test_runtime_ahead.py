@@ -2,6 +2,7 @@
 
 import contextlib
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,10 @@ def test_the_next_trials_process_is_begun_beside_a_trial(make_device):
     assert [trial.details.get("started_ahead", False) for trial in (first, second, third)] == [False, True, True]
     assert [trial.details["moved"] for trial in (first, second, third)] == [None, BF16.as_dict(), FP32.as_dict()]
     assert [trial.details["told_bytes"] for trial in (first, second, third)] == [None, 11, 11]
+    # Measured before the next process was begun: its context would be taken for the trial's own.
+    assert [trial.details["contexts_when_measured"] for trial in (second, third)] == [2, 3]
+    assert [trial.details["contexts"] for trial in (first, second, third)] == [2, 3, 4]
+    assert second.details["room_bytes"] == device.room_bytes() - 11  # what others hold of the GPU is no room
     assert [trial.details["trials"] for trial in (first, second, third)] == [1, 1, 1]
     assert all(trial.fresh_process for trial in (first, second, third))
     assert second.details["began_s"] < first.details["ended_s"] < third.details["began_s"]
@@ -98,7 +103,7 @@ def test_nothing_is_begun_beside_the_last_trial_that_is_expected(make_device):
     assert [trial.details["beside"]["num_contexts"] for trial in trials] == [1, 0]
 
 
-@pytest.mark.parametrize("act", [102, 103, 108, 109])
+@pytest.mark.parametrize("act", [102, 103, 108, 109, 120])
 def test_after_a_trial_that_failed_everything_begins_anew(make_device, act):
     with make_device().open(make_spec(), BF16) as runner:
         failed, after = runner.run(act, fresh=True), runner.run(9, fresh=True)
@@ -155,3 +160,32 @@ def test_however_a_sweep_ends_no_process_of_a_trial_is_left(make_device, error):
     left = {pid for trial in seen for pid in (trial.details["pid"], *trial.details["beside"]["pids"]) if pid != 5000}
     assert sum(trial.details["beside"]["num_contexts"] for trial in seen) >= 2
     assert all(gone(pid) for pid in left)
+
+
+@pytest.mark.parametrize("act", [101, 105, 111])
+def test_a_trial_that_hangs_or_prints_or_kills_its_parent_leaves_no_process_beside(make_device, act):
+    device = make_device(trial_timeout_s=2)
+    device.prepare(make_spec(), [BF16, FP32])
+    with device.open(make_spec(), BF16) as runner:
+        first = device.preloaded(make_spec()).pid
+        runner.run(act, fresh=True)
+        after = runner.run(9, fresh=True)
+        assert after.details["beside"]["num_contexts"] == 1
+    second = device.preloaded(make_spec()).pid
+    assert (first == second) == (act != 111)
+    (waiting, _) = after.details["beside"]["pids"]
+    assert _in_sessions(first, second) == {second, waiting}
+    device.rest()
+    assert _in_sessions(first, second) == {second}
+
+
+def _in_sessions(*sessions):
+    """The living processes in these sessions: what a preloaded process has started, and itself."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(session) in sessions and state != "Z":
+                    found.add(int(entry.name))
+    return found

@@ -30,6 +30,8 @@ class FakeCard:
 
     used: int = 0
     pids: list[int] = field(default_factory=list)
+    limits: list[int] = field(default_factory=list)
+    """Of the caching allocator, in the order in which they were set."""
 
     def used_bytes(self):
         return self.used
@@ -55,6 +57,7 @@ def card(monkeypatch):
 
     def start(capacity_bytes, opened, device_index=0, join=None):
         assert opened is card
+        card.limits.append(capacity_bytes)
         before, others = card.used, card.compute_processes()
         card.used += CONTEXT_BYTES
         card.pids.append(os.getpid())
@@ -74,6 +77,7 @@ def card(monkeypatch):
         "empty_cache": lambda: None,
     }.items():
         monkeypatch.setattr(context.torch.cuda, name, value)
+    monkeypatch.setattr(context, "_limit", lambda device, capacity_bytes: card.limits.append(capacity_bytes))
     monkeypatch.setattr(context.torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     card.taken = taken
     return card
@@ -93,15 +97,19 @@ def test_a_trial_alone(card, process):
     assert (result["outcome"], len(result["step_times_s"])) == ("fits", 3)
     assert result["peaks"]["device_bytes"] == CONTEXT_BYTES
     assert result["details"]["context_bytes"] == CONTEXT_BYTES
+    assert "beside_bytes" not in result["details"]
     assert set(result["details"]["timings"]) == {"context_s", "move_s", "steps_s", "settle_s"}
 
 
 def test_what_was_begun_beside_another_trial_is_not_done_again_and_is_measured_alone(card, process):
     card.used, card.pids = 40 * GIB, [77]  # the trial before
     card.taken["reserved"] = 3 * MIB
-    assert process.start(**REQUEST, batch_size=4, room_bytes=2 * GIB) == {"pids": (os.getpid(),), "bytes": 3 * MIB}
+    held = process.start(**REQUEST, batch_size=4, room_bytes=2 * GIB)
+    assert (held["pids"], held["bytes"]) == ((os.getpid(),), 3 * MIB)
     card.used, card.pids = MIB + CONTEXT_BYTES + 3 * MIB, [os.getpid()]  # it has gone
-    result = process.run(**REQUEST, batch_size=4, keep=False, used_before_bytes=MIB)
+    again = process.start(**REQUEST, batch_size=4, used_before_bytes=MIB)
+    assert again == {"pids": (os.getpid(),), "used_before_bytes": MIB, "bytes": 3 * MIB}
+    result = process.run(**REQUEST, batch_size=4, keep=False)
     assert (result["outcome"], result["error"]) == ("fits", None)
     assert result["details"]["context_bytes"] == CONTEXT_BYTES
     assert result["details"]["used_before_bytes"] == MIB
@@ -109,11 +117,31 @@ def test_what_was_begun_beside_another_trial_is_not_done_again_and_is_measured_a
     assert set(result["details"]["timings"]) == {"context_s", "move_s", "steps_s", "settle_s"}
 
 
-def test_no_model_is_moved_where_another_trial_leaves_no_room(card, process):
+def test_no_cuda_is_started_where_another_trial_leaves_no_room(card, process):
     with pytest.raises(DeviceUnavailable, match="no room"):
         process.start(
             **REQUEST, batch_size=4, room_bytes=GIB
         )  # less than the model and what segments are rounded up by
+    assert (card.used, card.pids) == (0, [])
+
+
+def test_beside_a_trial_no_more_is_taken_than_it_leaves_and_alone_the_capacity(card, process):
+    """Whatever moving the model takes, its average or the user's own tensors: else that trial would be short."""
+    request = {**REQUEST, "capacity_bytes": 60 * GIB}
+    process.start(**request, batch_size=4, room_bytes=2 * GIB)
+    assert card.limits == [2 * GIB]
+    process.start(**request, batch_size=4, used_before_bytes=0)
+    assert card.limits == [2 * GIB, 60 * GIB]
+
+
+def test_a_stranger_that_came_beside_the_trial_before_is_one_for_this_trial_too(card, process):
+    card.pids = [77, 79]  # the trial before, and a stranger
+    process.start(**REQUEST, batch_size=4, room_bytes=2 * GIB)
+    card.pids = [os.getpid()]
+    process.start(**REQUEST, batch_size=4, used_before_bytes=0)
+    card.pids.append(79)
+    result = process.run(**REQUEST, batch_size=4, keep=False)
+    assert (result["outcome"], "(79)" in result["error"]) == ("failed", True)
 
 
 def test_a_trial_that_was_started_alone_is_not_started_again(card, process):
@@ -134,6 +162,7 @@ def test_a_context_beside_is_not_the_trials_own(card, process):
 
     result = process.run(**REQUEST, batch_size=4, keep=False, settle=settle)
     assert (result["outcome"], result["peaks"]["device_bytes"]) == ("fits", CONTEXT_BYTES + trial.SHARED_BYTES)
+    assert result["details"]["beside_bytes"] == CONTEXT_BYTES - trial.SHARED_BYTES + 5 * MIB
     assert len(asked) == 1
 
 
@@ -165,6 +194,7 @@ def test_a_process_that_is_kept_holds_no_optimizer(card, process, monkeypatch):
 
     monkeypatch.setattr(Context, "clean", clean)
     process.start(**REQUEST, batch_size=4, room_bytes=2 * GIB)
+    process.start(**REQUEST, batch_size=4, used_before_bytes=0)
     first, second = (process.run(**REQUEST, batch_size=size, keep=True) for size in (4, 2))
     assert (first["warm"], second["warm"]) == (True, True)
     assert "move_s" in second["details"]["timings"]

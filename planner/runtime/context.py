@@ -21,7 +21,8 @@ class Context:
 
     device: torch.device
     context_bytes: int
-    """Of the CUDA context itself, on the whole device; 0 while another trial runs, beside which it was started."""
+    """Of the CUDA context itself, on the whole device; means nothing while another trial runs, beside which it was
+    started."""
     communicator_bytes: int
     """What joining the other ranks took beside it: NCCL's buffers; 0 for a trial on one GPU."""
     used_before_bytes: int
@@ -50,8 +51,7 @@ class Context:
             torch.cuda.init()  # type: ignore[no-untyped-call]
             device = torch.device("cuda", device_index)
             torch.cuda.set_device(device)
-            total_bytes = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(memory_fraction(capacity_bytes, total_bytes), device)
+            _limit(device, capacity_bytes)
             # The context exists from the first tensor on. No kernel here: one that runs before the weights come changes
             # where the driver places them, and by that what a step reserves (``planner.allocator.driver``).
             torch.empty(1, device=device)
@@ -72,8 +72,11 @@ class Context:
             others=tuple(others),
         )
 
-    def measure(self, card: Card, used_before_bytes: int) -> None:
-        """The trial beside which it was started has gone: tell what could not be told then."""
+    def measure(self, card: Card, used_before_bytes: int, capacity_bytes: int) -> None:
+        """The trial beside which it was started has gone: tell what could not be told then, and lift the limit to
+        ``capacity_bytes``."""
+        _limit(self.device, capacity_bytes)
+        self.others = tuple(pid for pid in card.compute_processes() if pid not in self.pids)
         self.used_before_bytes = used_before_bytes
         self.context_bytes = card.used_bytes() - used_before_bytes - torch.cuda.memory_reserved(self.device)
 
@@ -112,6 +115,11 @@ class Context:
 def _libraries(device: torch.device) -> dict[str, Any]:
     facts = library_facts()
     return {**facts, "kernels": kernels_for(torch.cuda.get_device_capability(device), facts["kernels"])}
+
+
+def _limit(device: torch.device, capacity_bytes: int) -> None:
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(memory_fraction(capacity_bytes, total_bytes), device)
 
 
 def memory_fraction(capacity_bytes: int, total_bytes: int) -> float:

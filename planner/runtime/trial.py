@@ -58,6 +58,8 @@ class _Record:
     num_ooms: int = 0
     """How often it had refused a request when the step began; a library may make do without."""
     device_bytes: int = 0
+    beside_bytes: int = 0
+    """What was taken off for the process beside: assumed, not measured."""
     settled: Mapping[str, Any] | None = None
     """What ``Settle`` returned, by the end of the first step."""
     timings: dict[str, float] = field(default_factory=dict)
@@ -83,8 +85,9 @@ class _Record:
         """How much of the device is in use without what a process beside this one holds: a context as large as that of
         this one, which is the same program, but for what the first one on a device takes for all."""
         assert self.settled is not None, "settle comes first"
-        beside_bytes = self.settled["num_contexts"] * (context.context_bytes - SHARED_BYTES) + self.settled["bytes"]
-        self.device_bytes = max(self.device_bytes, card.used_bytes() - beside_bytes)
+        context_bytes = self.settled["num_contexts"] * (context.context_bytes - SHARED_BYTES)
+        self.beside_bytes = context_bytes + self.settled["bytes"]
+        self.device_bytes = max(self.device_bytes, card.used_bytes() - self.beside_bytes)
 
     def run(self, training: Training, phase: Phase, batch_size: int) -> None:
         """One phase, to its end on the GPU."""
@@ -106,8 +109,12 @@ class _Record:
         self.report = training.report()
 
     def beside(self) -> dict[str, Any]:
-        """What only some specs and variants have, as JSON data."""
-        found = {"other_step_times_s": self.other_step_times_s, "evaluation_s": self.evaluation_s}
+        """What only some trials have, as JSON data."""
+        found = {
+            "other_step_times_s": self.other_step_times_s,
+            "evaluation_s": self.evaluation_s,
+            "beside_bytes": self.beside_bytes,
+        }
         return {name: value for name, value in found.items() if value} | self.report
 
 
@@ -168,26 +175,42 @@ class TrialProcess:
         gpu_uuid: str,
         accumulation_steps: int = 1,
         room_bytes: int | None = None,
+        used_before_bytes: int | None = None,
         **later: Any,
     ) -> dict[str, Any]:
-        """Start CUDA. ``room_bytes``: what another trial on this GPU leaves, beside which the model is moved too.
+        """Start CUDA. ``room_bytes``: what another trial on this GPU leaves, beside which the model is moved too; this
+        process takes no more of it. Once that trial has gone and nothing else is beside, to be called again with the
+        ``used_before_bytes`` that were in use on the device when no process of ours was there.
 
-        Returns by which ``pids`` the driver lists this process, and the ``bytes`` that the allocator has reserved.
+        Returns by which ``pids`` the driver lists this process, the ``used_before_bytes`` and the ``bytes`` that the
+        allocator has reserved.
         Raises ``DeviceUnavailable`` where the model does not fit beside, what ``run`` raises, and what running out of
         memory raises.
         """
+        if self._context is not None and used_before_bytes is not None:
+            with Card.open(gpu_uuid) as card:
+                self._context.measure(card, used_before_bytes, capacity_bytes)
+            return self._held(self._context)
+        if room_bytes is not None and _model_bytes(self._model) + _ROOM_BYTES > room_bytes:
+            raise DeviceUnavailable("there is no room on the GPU for another model")
         begun = self._begun = _Begun()
         chosen = Variant.from_dict(variant)
         with Card.open(gpu_uuid) as card, begun.record.timing("context_s"):
             use_allocator(chosen.allocator)
-            context = self._context = Context.start(capacity_bytes, card, self._device_index)
+            limit_bytes = capacity_bytes if room_bytes is None else min(capacity_bytes, room_bytes)
+            context = self._context = Context.start(limit_bytes, card, self._device_index)
         if room_bytes is not None:
-            if _model_bytes(self._model) + _ROOM_BYTES > room_bytes:
-                raise DeviceUnavailable("there is no room on the GPU for another model")
             context.begin()
             with begun.record.timing("move_s"):
                 begun.training = Training(self._accumulating(accumulation_steps), chosen, self._model, context.device)
-        return {"pids": context.pids, "bytes": torch.cuda.memory_reserved(context.device)}
+        return self._held(context)
+
+    def _held(self, context: Context) -> dict[str, Any]:
+        return {
+            "pids": context.pids,
+            "used_before_bytes": context.used_before_bytes,
+            "bytes": torch.cuda.memory_reserved(context.device),
+        }
 
     def _accumulating(self, accumulation_steps: int) -> Spec:
         return replace(self._spec, train=replace(self._spec.train, accumulation_steps=accumulation_steps))
@@ -201,15 +224,13 @@ class TrialProcess:
         gpu_uuid: str,
         keep: bool,
         accumulation_steps: int = 1,
-        used_before_bytes: int = 0,
         settle: Settle = nobody,
     ) -> dict[str, Any]:
         """Run the phases of a trial of ``batch_size``, then steps until one takes nothing more from the driver, and
         report outcome, peaks, retries and step times as JSON data.
 
         ``accumulation_steps`` stands in for those of the spec that the process was started with.
-        What ``start`` did is not done again; where it moved the model, ``used_before_bytes`` were in use on the device
-        when no process of ours was there. ``settle`` is called once, before the device is looked at.
+        What ``start`` did is not done again. ``settle`` is called once, before the device is looked at.
         ``keep`` asks for a process that can run another trial of the same variant; ``warm`` says whether it can.
         Raises ``ModelError`` for what the model or the step raises, ``InvalidSpec`` for a variant that the model does
         not offer, ``DeviceLost``, ``DeviceUnavailable``.
@@ -223,9 +244,7 @@ class TrialProcess:
                 with record.timing("context_s"):
                     self._context = Context.start(capacity_bytes, card, self._device_index, self._join)
             context = self._context
-            if begun.training is not None:
-                context.measure(card, used_before_bytes)
-            else:
+            if begun.training is None:
                 context.begin()
             trial = _Attempt(self._accumulating(accumulation_steps), chosen, batch_size)
             outcome, words = self._attempt(trial, begun, context, card, settle)

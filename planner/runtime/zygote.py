@@ -9,6 +9,7 @@ Beside a trial that leaves room for it the process of the next one is forked, st
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +30,9 @@ class Stages:
     """What a fork does, in this order."""
 
     start: Stage
-    """Start CUDA: ``pids`` by which the driver lists this process. With ``room_bytes``, what another trial leaves, move
-    the model too: ``bytes``, what the allocator has then reserved."""
+    """Start CUDA: ``pids`` by which the driver lists this process, and ``used_before_bytes`` on the GPU without it.
+    With ``room_bytes``, what another trial leaves, move the model too: ``bytes``, what the allocator has then reserved.
+    Once that trial has gone, again, with its ``used_before_bytes``: measure what could not be told beside it."""
     run: Stage
     """The trial, with all that was not done before. It calls ``settle``, once its first step has ended, to wait for the
     process that is started beside it: ``num_contexts`` (0 or 1), its ``pids`` and ``bytes``. The result's ``warm``,
@@ -99,26 +101,31 @@ class Zygote:
         one, and the ``room_bytes`` for its model. A fork that dies, hangs or has a defect is the result
         ``{"outcome": "failed", "error": ...}``.
         """
+        deadline = time.monotonic() + timeout_s
+        self.ready(fresh=fresh, **request)
         process = self._warm or self._ahead or self._new(_kind(request))
         is_new, self._warm, self._ahead = self._warm is None, None, None
         fork = process.fork
         reply: dict[str, Any] | None = {"ok": {}}
-        if ahead is not None and not process.is_ahead:
-            # Started first: a process that came to the GPU together with this one could not be told from a stranger.
-            reply = fork.ask({"do": "start", **request}, timeout_s)
-        if reply is not None and "ok" in reply:
+        if ahead is not None or process.is_ahead:
+            # First: a process that came to the GPU together with this one could not be told from a stranger, nor its
+            # context from this one's.
             used = {"used_before_bytes": self._used_before_bytes} if process.is_ahead else {}
-            fork.send({"do": "trial", **request, **used, "keep": not fresh})
+            reply = fork.ask({"do": "start", **request, **used}, timeout_s)
+        if reply is not None and "ok" in reply:
+            fork.send({"do": "trial", **request, "keep": not fresh})
             if ahead is not None:
-                self._ahead = self._begun_ahead({**request, **ahead})
+                room_bytes = ahead["room_bytes"] - reply["ok"]["used_before_bytes"]
+                self._ahead = self._begun_ahead({**request, **ahead, "room_bytes": room_bytes})
             held = {"pids": [], "bytes": 0} if self._ahead is None else self._ahead.held
             process.gate.open({"num_contexts": int(self._ahead is not None), **held})
-            reply = fork.receive(timeout_s)
+            reply = fork.receive(deadline - time.monotonic())
         result = _result(fork, reply)
         details = result.setdefault("details", {})
         if process.is_ahead:
             details["started_ahead"] = True
-        self._used_before_bytes = details.get("used_before_bytes")
+        # What harmed a trial may have harmed the process beside it.
+        self._used_before_bytes = None if result.get("outcome") == "failed" else details.get("used_before_bytes")
         if result.pop("warm", False):
             process.hold(**result.pop("held"))
             self._warm, process.is_ahead = process, False
@@ -144,7 +151,7 @@ class Zygote:
         if "ok" not in reply or len(reply["ok"]["pids"]) > 1:
             process.end()
             return None
-        process.hold(**reply["ok"])
+        process.hold(pids=reply["ok"]["pids"], bytes=reply["ok"]["bytes"])
         return process
 
     def rest(self) -> Mapping[str, Any]:
