@@ -12,10 +12,13 @@ GPU ?=
 JOBS ?= 2
 ARGS ?=
 
+# Another release of torch to test predictions under: make test-torch TORCH=2.10.0.
+TORCH ?= 2.11.0
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup probe test test-gpu lint typecheck check format serve browser lock wheel clean
+.PHONY: help setup probe test test-gpu test-torch lint typecheck check format serve browser lock wheel clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +35,13 @@ test: $(READY) browser ## Run every test that needs no GPU (ARGS=... for pytest)
 
 test-gpu: $(READY) ## Run the tests that need a CUDA GPU, one at a time
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-torch: $(READY) ## Test predictions under another torch (TORCH=..., some GiB), beside the other packages of .venv
+	@$(BIN)/python -m venv $(VENV)-torch-$(TORCH)
+	@$(VENV)-torch-$(TORCH)/bin/python -m pip install -q "torch==$(TORCH)" numpy
+	@other=$$($(VENV)-torch-$(TORCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	   $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$other/planner.pth"
+	@$(VENV)-torch-$(TORCH)/bin/python -m pytest tests/test_virtual_*.py $(ARGS)
 
 lint: $(READY) ## Check style and formatting with ruff
 	@$(BIN)/ruff check .
