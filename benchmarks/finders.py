@@ -195,7 +195,6 @@ def ours(spec: Spec, capacity_bytes: int) -> dict[str, Any]:
                      "duration_s": round(trial.duration_s, 3),
                      "step_times_s": [round(s, 3) for s in trial.step_times_s],
                      "timings": trial.details.get("timings"), "fresh_process": trial.fresh_process,
-                     "started_ahead": trial.details.get("started_ahead", False),
                      "peak_reserved_bytes": trial.peaks and trial.peaks.reserved_bytes,
                      "peak_device_bytes": trial.peaks and trial.peaks.device_bytes,
                      "context_bytes": trial.details.get("context_bytes")}

@@ -154,29 +154,6 @@ class Fork:
             time.sleep(0.01)
 
 
-class Gate:
-    """Where a fork waits for its parent in the middle of a request. Made before the fork, so that both have it."""
-
-    def __init__(self) -> None:
-        self._read, self._write = os.pipe()
-
-    def open(self, word: Mapping[str, Any]) -> None:
-        """The parent's side: let the fork pass, with a word of less than 4 KiB. Never blocks."""
-        os.write(self._write, json.dumps(word).encode() + b"\n")
-
-    def wait(self) -> dict[str, Any]:
-        """The fork's side: what the parent said. Should the parent die meanwhile, so does the fork."""
-        text = bytearray()
-        while not text.endswith(b"\n"):
-            text += os.read(self._read, 4096)
-        word: dict[str, Any] = json.loads(text)
-        return word
-
-    def close(self) -> None:
-        os.close(self._read)
-        os.close(self._write)
-
-
 def _serve_and_leave(work: Work, requests: int, replies: int) -> NoReturn:
     """The fork's life. It must never return into the parent's code."""
     status = 1

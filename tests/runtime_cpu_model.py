@@ -1,4 +1,4 @@
-"""A model that runs out of memory at batch size 99, on any device."""
+"""A small model, on any device."""
 
 import torch
 
@@ -9,6 +9,4 @@ class Small(torch.nn.Module):
         self.layer = torch.nn.Linear(8, 1)
 
     def forward(self, x):
-        if len(x) == 99:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
         return {"loss": self.layer(x).mean()}

@@ -4,7 +4,7 @@ import os
 import time
 
 from planner.runtime.zygote import Zygote
-from tests.runtime_child import STAGES, build
+from tests.runtime_child import build, run_trial
 
 
 def build_slowly(document):
@@ -14,4 +14,4 @@ def build_slowly(document):
 
 
 if __name__ == "__main__":
-    Zygote(build_slowly, STAGES).serve()
+    Zygote(build_slowly, run_trial).serve()

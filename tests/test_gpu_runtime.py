@@ -130,21 +130,6 @@ def test_a_warm_process_shows_what_a_fresh_one_shows(device):
     assert trials[-1].peaks.device_bytes == pytest.approx(fresh.peaks.device_bytes, rel=0.05)
 
 
-def test_a_process_begun_ahead_shows_what_any_fresh_one_shows(card, device):
-    """The second trial's process was begun beside the first one, which ran out of memory; the third is alone."""
-    device.begins_ahead = True
-    with device.open(parse_spec(SMALL), Variant()) as runner:
-        trials = [runner.run(size, fresh=True) for size in (100_000, 8, 8)]
-    assert [trial.details.get("started_ahead", False) for trial in trials] == [False, True, False]
-    assert [trial.outcome for trial in trials] == [Outcome.OOM, Outcome.FITS, Outcome.FITS]
-    _, ahead, alone = trials
-    assert ahead.peaks.allocated_bytes == alone.peaks.allocated_bytes
-    assert ahead.peaks.reserved_bytes == alone.peaks.reserved_bytes
-    assert abs(ahead.peaks.device_bytes - alone.peaks.device_bytes) <= 4 * MIB
-    assert abs(ahead.details["context_bytes"] - alone.details["context_bytes"]) <= 4 * MIB
-    assert used_bytes(card) < IDLE_BYTES
-
-
 def test_nothing_is_left_on_the_card_when_a_variant_is_done(card, device):
     with device.open(parse_spec(SMALL), Variant()) as runner:
         runner.run(8)

@@ -3,7 +3,9 @@
 import gc
 import os
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -20,14 +22,55 @@ from planner.trials import Outcome, PlanStatus, Source
 from planner.units import GIB, MIB
 from tests import environment_fakes
 from tests.planning_fakes import BF16, FP32, make_spec
-from tests.runtime_fakes import UUID, FakeNvml, fake_nvml, local_devices
 from tests.test_processes import gone
+
+UUID = "GPU-1"
+
+
+class NotFound(environment_fakes.FakeNvmlError):
+    pass
+
+
+@dataclass
+class FakeNvml(environment_fakes.FakeNvml):
+    """With the calls that tell who uses a card. ``busy`` is taken from its front at every look, the last one stays."""
+
+    busy: list[tuple[list[int], int]] = field(default_factory=lambda: [([], 0)])
+    error: Exception | None = None
+    NVMLError_GpuIsLost: ClassVar[type[Exception]] = type("GpuIsLost", (environment_fakes.FakeNvmlError,), {})
+    NVMLError_NotFound: ClassVar[type[Exception]] = NotFound
+    NVMLError_ResetRequired: ClassVar[type[Exception]] = type("Reset", (environment_fakes.FakeNvmlError,), {})
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
+        for card in self.cards:
+            if card.uuid == uuid:
+                return card
+        raise NotFound("Not Found")
+
+    def nvmlDeviceGetComputeRunningProcesses(self, card):  # noqa: N802
+        if self.error:
+            raise self.error
+        pids, card.used_mib = self.busy.pop(0) if len(self.busy) > 1 else self.busy[0]
+        return [SimpleNamespace(pid=pid) for pid in pids]
+
+
+def fake_nvml(**changes):
+    return FakeNvml(cards=[environment_fakes.Card(UUID)], **changes)
 
 
 @pytest.fixture
 def make_device():
-    with local_devices() as make:
-        yield make
+    made = []
+
+    def make(**changes):
+        (local,) = local_gpus({}, fake_nvml())
+        given = {"child_module": "tests.runtime_child", "wait_idle": lambda *_: None, "trial_timeout_s": 20}
+        made.append(LocalDevice(local, 16 * GIB, **{**given, **changes}))
+        return made[-1]
+
+    yield make
+    for device in made:
+        device.close()
 
 
 def test_a_smaller_card_has_less_left_beside_nccl(make_device):
@@ -64,7 +107,7 @@ def test_a_fresh_trial_is_a_fork_of_one_preloaded_process(make_device):
     assert (trial.outcome, trial.source, trial.fresh_process) == (Outcome.FITS, Source.MEASURED, True)
     assert (trial.peaks.device_bytes, trial.num_alloc_retries, trial.step_time_s) == (3, 4, 0.1)
     assert trial.started_at.tzinfo is not None
-    assert set(trial.details["timings"]) == {"ready_s", "idle_s", "leaving_s"}
+    assert set(trial.details["timings"]) == {"idle_s", "leaving_s"}
 
 
 def test_trials_that_need_not_be_fresh_share_a_warm_process(make_device):

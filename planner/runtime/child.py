@@ -10,18 +10,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from planner.errors import DeviceUnavailable, ModelError
 from planner.runtime.ranks import run_ranks
-from planner.runtime.zygote import Stages, Zygote
+from planner.runtime.zygote import Zygote
 from planner.specs.document import parse_spec, spec_document
 from planner.specs.model import Spec
-
-if TYPE_CHECKING:
-    from planner.runtime.trial import TrialProcess
 
 
 @dataclass(slots=True)
@@ -29,8 +26,8 @@ class Built:
     spec: Spec
     model: Any
     """A ``torch.nn.Module`` on the CPU. A trial may change it: it has a copy of the whole process."""
-    process: TrialProcess | None = None
-    """In a fork."""
+    process: Any = None
+    """In a fork: its ``TrialProcess``."""
 
 
 def build(document: Mapping[str, Any]) -> Built:
@@ -61,15 +58,10 @@ def build(document: Mapping[str, Any]) -> Built:
     return Built(spec, model)
 
 
-def start(built: Built, *, gpu_uuids: Sequence[str], **request: Any) -> Mapping[str, Any]:
-    """In a fork: start CUDA; beside another trial on the same GPU, move the model too."""
-    return _process(built).start(gpu_uuid=gpu_uuids[0], **request)
-
-
-def run_trial(
-    built: Built, *, gpu_uuids: Sequence[str], settle: Callable[[], Mapping[str, Any]], **request: Any
-) -> Mapping[str, Any]:
+def run_trial(built: Built, *, gpu_uuids: Sequence[str], **request: Any) -> Mapping[str, Any]:
     """In a fork: the trial on ``gpu_uuids``; with several of them by ranks, which are processes of their own."""
+    from planner.runtime.trial import TrialProcess
+
     if len(gpu_uuids) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu_uuids)
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where this process found the user's code
@@ -80,20 +72,15 @@ def run_trial(
             {**request, "document": document, "gpu_uuids": list(gpu_uuids)},
         )
     request["gpu_uuid"] = gpu_uuids[0]
-    return _process(built).run(settle=settle, **request)
-
-
-def _process(built: Built) -> TrialProcess:
-    from planner.runtime.trial import TrialProcess
-
     if built.process is None:
         built.process = TrialProcess(built.spec, built.model)
-    return built.process
+    result: Mapping[str, Any] = built.process.run(**request)
+    return result
 
 
 def main() -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    Zygote(build, Stages(start=start, run=run_trial)).serve()
+    Zygote(build, run_trial).serve()
 
 
 if __name__ == "__main__":

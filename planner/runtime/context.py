@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -21,12 +21,11 @@ class Context:
 
     device: torch.device
     context_bytes: int
-    """Of the CUDA context itself, on the whole device; means nothing while another trial runs, beside which it was
-    started."""
+    """Of the CUDA context itself, on the whole device."""
     communicator_bytes: int
     """What joining the other ranks took beside it: NCCL's buffers; 0 for a trial on one GPU."""
     used_before_bytes: int
-    """In use on the device before any process of ours was there."""
+    """In use on the device before it was started."""
     system: dict[str, Any]
     """What else of this machine can change a trial: versions of libraries and how the card is set up."""
     pids: tuple[int, ...]
@@ -51,7 +50,8 @@ class Context:
             torch.cuda.init()  # type: ignore[no-untyped-call]
             device = torch.device("cuda", device_index)
             torch.cuda.set_device(device)
-            _limit(device, capacity_bytes)
+            total_bytes = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(memory_fraction(capacity_bytes, total_bytes), device)
             # The context exists from the first tensor on. No kernel here: one that runs before the weights come changes
             # where the driver places them, and by that what a step reserves (``planner.allocator.driver``).
             torch.empty(1, device=device)
@@ -72,23 +72,14 @@ class Context:
             others=tuple(others),
         )
 
-    def measure(self, card: Card, used_before_bytes: int, capacity_bytes: int) -> None:
-        """The trial beside which it was started has gone: tell what could not be told then, and lift the limit to
-        ``capacity_bytes``."""
-        _limit(self.device, capacity_bytes)
-        self.others = tuple(pid for pid in card.compute_processes() if pid not in self.pids)
-        self.used_before_bytes = used_before_bytes
-        self.context_bytes = card.used_bytes() - used_before_bytes - torch.cuda.memory_reserved(self.device)
-
     def begin(self) -> None:
         """Count peaks and retries from here on."""
         torch.cuda.reset_peak_memory_stats(self.device)
         torch.cuda.reset_accumulated_memory_stats(self.device)
 
-    def strangers(self, card: Card, known: Iterable[int] = ()) -> tuple[int, ...]:
-        """Processes that came to the GPU since, but for those ``known``: what is measured beside them is not the
-        trial's own."""
-        return tuple(sorted({*card.compute_processes()} - {*self.pids, *self.others, *known}))
+    def strangers(self, card: Card) -> tuple[int, ...]:
+        """Processes that came to the GPU since: what is measured beside them is not the trial's own."""
+        return tuple(sorted({*card.compute_processes()} - {*self.pids, *self.others}))
 
     def moved(self) -> None:
         """The model, and what goes with it, is on the device; nothing was trained yet."""
@@ -115,11 +106,6 @@ class Context:
 def _libraries(device: torch.device) -> dict[str, Any]:
     facts = library_facts()
     return {**facts, "kernels": kernels_for(torch.cuda.get_device_capability(device), facts["kernels"])}
-
-
-def _limit(device: torch.device, capacity_bytes: int) -> None:
-    total_bytes = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(memory_fraction(capacity_bytes, total_bytes), device)
 
 
 def memory_fraction(capacity_bytes: int, total_bytes: int) -> float:

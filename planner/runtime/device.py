@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,8 +29,6 @@ TRIAL_TIMEOUT_S = 600.0
 """For three steps; with torch.compile for compilation too."""
 _GRACE_S = 30.0
 """What the preloaded process gets on top to kill the trial that ran out of time and say so."""
-_SPARE_BYTES = 1 << 30
-"""Of the device, left free by a trial and the process that is started beside it."""
 
 WaitIdle = Callable[[str, int, Held], None]
 """Of a card's UUID, the bytes that must be free, and what the process that is kept warm holds."""
@@ -43,8 +40,6 @@ class LocalDevice:
     A preloaded process (``planner.runtime.child``) is kept for the spec in hand, and goes with this object.
     ``peers`` are further cards of the same type, for variants on several GPUs.
     ``stands_for`` is the GPU type whose capacity that is, where it is not this one's.
-    ``begins_ahead``: begin the next trial's process beside a trial. Off, for what a trial with one beside it shows has
-    not been compared with one alone on a GPU (``tests/test_gpu_runtime.py``).
     ``child_module`` and ``wait_idle`` are for tests.
     """
 
@@ -56,7 +51,6 @@ class LocalDevice:
         peers: Sequence[LocalGpu] = (),
         stands_for: Gpu | None = None,
         trial_timeout_s: float = TRIAL_TIMEOUT_S,
-        begins_ahead: bool = False,
         child_module: str = "planner.runtime.child",
         wait_idle: WaitIdle = wait_until_idle,
     ) -> None:
@@ -66,12 +60,11 @@ class LocalDevice:
         self.capacity_bytes = capacity_bytes
         self.stands_for = stands_for
         self.trial_timeout_s = trial_timeout_s
-        self.begins_ahead = begins_ahead
         self._child_module = child_module
         self._wait_idle = wait_idle
         self._preloaded: dict[str, Child] = {}  # by what was built; one at most
         self._is_opening = False
-        self._coming: Sequence[Variant] = ()
+        self._held = Held()
         weakref.finalize(self, kill_all, self._preloaded)
 
     @property
@@ -91,10 +84,6 @@ class LocalDevice:
 
     def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None:
         """Have the preloaded process import and build while the caller does something else."""
-        self._coming = variants
-        self._start(spec)
-
-    def _start(self, spec: Spec) -> Child:
         child = self._preloaded.get(_build_key(spec))
         if child is None or not child.alive:
             self.close()
@@ -103,7 +92,6 @@ class LocalDevice:
             self._preloaded[_build_key(spec)] = child
             child.send({"do": "open", "spec": spec_document(spec)})
             self._is_opening = True
-        return child
 
     def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> LocalRunner:
         here = 1 + len(self.peers)
@@ -120,17 +108,19 @@ class LocalDevice:
     def close(self) -> None:
         """End the preloaded process; the next trial starts one again."""
         kill_all(self._preloaded)
+        self._held = Held()
 
-    def wait_until_idle(self, uuids: Sequence[str], held: Held) -> None:
+    def wait_until_idle(self, uuids: Sequence[str]) -> None:
         """Raises ``DeviceBusy``, ``DeviceLost``."""
         # What a process of ours will take in all; a capacity above the default one is the user's own risk.
         most = min(self.capacity_bytes, default_capacity_bytes(self.gpu))
         for uuid in uuids:
-            self._wait_idle(uuid, most + self.gpu.context_bytes + self.gpu.library_bytes, held)
+            self._wait_idle(uuid, most + self.gpu.context_bytes + self.gpu.library_bytes, self._held)
 
     def preloaded(self, spec: Spec) -> Child:
         """The process that has built the model of ``spec``. Raises what building it raises."""
-        child = self._start(spec)
+        self.prepare(spec, ())
+        child = self._preloaded[_build_key(spec)]
         if self._is_opening:
             try:
                 child.receive(OPEN_TIMEOUT_S)
@@ -141,52 +131,33 @@ class LocalDevice:
         return child
 
     def rest(self) -> None:
-        """End the processes of trials, which gives the GPU back."""
-        if not self._is_opening:
-            for child in self._preloaded.values():
-                with contextlib.suppress(ChildError):  # it has died: nothing is held
-                    child.request({"do": "rest"}, _GRACE_S)
-
-    def end(self, variant: Variant) -> None:
-        """No trial of ``variant`` is coming. A process that was begun for the next variant waits for it."""
-        if not self.begins_ahead or self.after(variant) is None:
-            self.rest()
-
-    def after(self, variant: Variant) -> Variant | None:
-        """The variant that comes next."""
-        return dict(pairwise(self._coming)).get(variant)
-
-    def room_bytes(self) -> int:
-        """Of the device, what a trial and a second CUDA context beside it leave."""
-        return default_capacity_bytes(self.gpu) - self.capacity_bytes - self.gpu.context_bytes - _SPARE_BYTES
+        """End the process that is kept warm, which gives the GPU back."""
+        for child in self._preloaded.values() if self._held.pids else ():
+            with contextlib.suppress(ChildError):  # it has died: nothing is held
+                child.request({"do": "rest"}, _GRACE_S)
+        self._held = Held()
 
     def ask(self, child: Child, request: dict[str, Any]) -> dict[str, Any]:
         """The reply to one trial, after the GPU was found idle: a failure of its processes is a reply too."""
-        start = time.monotonic()
-        held = self._ready(child, request)
-        ready_s, waiting = round(time.monotonic() - start, 4), time.monotonic()
-        self.wait_until_idle(request["gpu_uuids"], held)
+        if request["fresh"]:
+            self.rest()
+        waiting = time.monotonic()
+        self.wait_until_idle(request["gpu_uuids"])
         idle_s = round(time.monotonic() - waiting, 4)
         try:
             reply = child.request(request, self.trial_timeout_s + _GRACE_S)
         except ChildError as error:
             reply = {"outcome": "failed", "error": str(error), "details": {"output": error.tail[-2000:]}}
         if "raised" in reply:
+            self._held = Held()
             raise _error_of(reply["raised"])
+        warm_pid, held = reply.pop("warm_pid", None), reply.pop("held", {})
+        self._held = Held(pids=(warm_pid, *held["pids"]), bytes=held["bytes"]) if warm_pid else Held()
         details = reply.setdefault("details", {})
         if reply["outcome"] == Outcome.FAILED:
             details.setdefault("output", child.tail()[-2000:])
-        details.setdefault("timings", {}).update(ready_s=ready_s, idle_s=idle_s)
+        details.setdefault("timings", {})["idle_s"] = idle_s
         return reply
-
-    def _ready(self, child: Child, request: dict[str, Any]) -> Held:
-        """End every process but one that can run this trial; what that holds."""
-        asked = {key: request[key] for key in request if key not in ("timeout_s", "ahead")}
-        try:
-            held = child.request({**asked, "do": "ready"}, self.trial_timeout_s + _GRACE_S)
-        except ChildError:
-            return Held()  # it has died or will be found dead by the trial
-        return Held(pids=tuple(held["pids"]), bytes=held["bytes"])
 
 
 class LocalRunner:
@@ -195,7 +166,6 @@ class LocalRunner:
     def __init__(self, device: LocalDevice, spec: Spec, variant: Variant, capacity_bytes: int) -> None:
         self._device, self._spec, self._variant = device, spec, variant
         self._capacity_bytes = capacity_bytes
-        self._num_fresh = 0
 
     def run(self, batch_size: int, *, fresh: bool = False) -> Trial:
         """Run one trial, in a process of its own where it is ``fresh``, else in one that is kept for the next."""
@@ -212,21 +182,9 @@ class LocalRunner:
                 "accumulation_steps": self._spec.train.accumulation_steps,
                 "timeout_s": self._device.trial_timeout_s,
                 "fresh": fresh or self._variant.gpus > 1,  # what NCCL holds is given back by ending alone
-                "ahead": self._ahead() if fresh else None,
             },
         )
         return _trial(batch_size, reply, started_at, time.monotonic() - start)
-
-    def _ahead(self) -> dict[str, Any] | None:
-        """What is to be begun beside a fresh trial: the second that decides, then the first of the next variant."""
-        if not self._device.begins_ahead:
-            return None
-        self._num_fresh += 1
-        variant = self._variant if self._num_fresh == 1 else self._device.after(self._variant)
-        room_bytes = self._device.room_bytes()
-        if variant is None or {variant.gpus, self._variant.gpus} != {1} or room_bytes <= 0:
-            return None
-        return {"variant": variant.as_dict(), "room_bytes": room_bytes}
 
     def __enter__(self) -> Self:
         return self
@@ -235,7 +193,7 @@ class LocalRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """The preloaded process serves the next variant too."""
-        self._device.end(self._variant)
+        self._device.rest()
 
 
 def _build_key(spec: Spec) -> str:
