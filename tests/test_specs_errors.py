@@ -257,6 +257,18 @@ OPTIMIZERS = "adadelta, adafactor, adagrad, adam, adamax, adamw, asgd, nadam, ra
         ("name: ''", "name: must be printable text"),
         ("varians: {}", "varians: unknown key (did you mean 'variants'?)"),
         ("zzz: 1", "zzz: unknown key; valid: name, model, data, train, variants, search"),
+        ("optimizer: adamw", "optimizer: is a key of train (did you mean 'train.optimizer'?)"),
+        ("train: {precision: bf16}", "train.precision: is a key of variants (did you mean 'variants.precision'?)"),
+        ("variants: {optimizer: sgd}", "variants.optimizer: is a key of train (did you mean 'train.optimizer'?)"),
+        ("sequence_length: 8", "sequence_length: is a key of data (did you mean 'data.sequence_length'?)"),
+        ("train: {batch_size: 8}", "train.batch_size: is said beside a spec, not in it: --batch-size N"),
+        ("gpu: h200", "gpu: is said beside a spec, not in it: --gpu NAME"),
+        ("variants: {gpu: 2}", "variants.gpu: unknown key (did you mean 'gpus'?)"),
+        (
+            "train: {learning_rate: 0.1}",
+            "train.learning_rate: is an argument of the optimizer: optimizer: {name: ..., lr: ...} "
+            "(did you mean 'train.optimizer.lr'?)",
+        ),
     ],
 )
 def test_other_errors(more: str, message: str) -> None:

@@ -56,6 +56,19 @@ _OTHER_NAMES = {
     ("python", "config"): "args",
 }
 
+_HOMES: Mapping[str, Iterable[type[BaseModel]]] = {
+    **{name: sections.values() for name, (_, sections) in _UNIONS.items()},
+    "train": (TrainSection,),
+    "variants": (VariantsSection,),
+    "search": (SearchSection,),
+}
+"""Where a key belongs that stands in the wrong section."""
+
+_BESIDE = {"batch_size": "--batch-size N", "gpu": "--gpu NAME", "capacity": "--capacity SIZE"}
+"""What belongs to the question, not to the work."""
+
+_OPTIMIZER_ARGUMENTS = {"learning_rate": "lr"} | {key: key for key in ("lr", "weight_decay", "momentum", "betas")}
+
 _EXPECTED = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -185,7 +198,22 @@ def _unknown_key(loc: _Loc, path: str) -> InvalidSpec:
                 field=path,
                 suggestion=_OTHER_NAMES.get((tag, key)),
             )
-    return _unknown(path, key, keys)
+    return _misplaced(parent, path, key) or _unknown(path, key, keys)
+
+
+def _misplaced(parent: _Loc, path: str, key: str) -> InvalidSpec | None:
+    """The error for a key of a section that is known, though not there."""
+    if len(parent) > 2:
+        return None
+    if key in _BESIDE and parent != ("variants",):  # where gpu is rather gpus
+        return InvalidSpec(f"is said beside a spec, not in it: {_BESIDE[key]}", field=path)
+    if key in _OPTIMIZER_ARGUMENTS:
+        message = f"is an argument of the optimizer: optimizer: {{name: ..., {_OPTIMIZER_ARGUMENTS[key]}: ...}}"
+        return InvalidSpec(message, field=path, suggestion=f"train.optimizer.{_OPTIMIZER_ARGUMENTS[key]}")
+    homes = [home for home, sections in _HOMES.items() if any(key in keys_of(section) for section in sections)]
+    if len(homes) != 1:
+        return None
+    return InvalidSpec(f"is a key of {homes[0]}", field=path, suggestion=f"{homes[0]}.{key}")
 
 
 def _unknown(path: str, key: str, keys: Iterable[str]) -> InvalidSpec:
