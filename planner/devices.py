@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -24,6 +24,14 @@ class Limit:
     """What that type leaves the caching allocator."""
     stands_for: str | None = None
     """The type whose capacity it is, where another one is meant."""
+    capacity_of_rank_bytes: int | None = None
+    """Of each of several cards that train together, where that is less."""
+
+    def of(self, variant: Variant) -> Limit:
+        """The limit that ``variant`` is held to."""
+        if variant.gpus == 1 or self.capacity_of_rank_bytes is None:
+            return self
+        return replace(self, capacity_bytes=self.capacity_of_rank_bytes)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -34,9 +42,10 @@ class Limit:
         most, room = format_bytes(self.unlimited_capacity_bytes), format_bytes(self.capacity_bytes)
         if self.stands_for is None:
             return f"{_UNDER_A_LIMIT} {room} of the {most} that one {self.gpu} leaves the allocator"
+        nccl = " beside NCCL" if self.capacity_bytes == self.capacity_of_rank_bytes else ""
         return (
-            f"{_UNDER_A_LIMIT} on {self.gpu}, held to the {room} that one {self.stands_for} leaves the allocator: the "
-            f"choice of kernels, their workspaces and the speed are those of {self.gpu}"
+            f"{_UNDER_A_LIMIT} on {self.gpu}, held to the {room} that one {self.stands_for} leaves the allocator{nccl}"
+            f": the choice of kernels, their workspaces and the speed are those of {self.gpu}"
         )
 
     @staticmethod

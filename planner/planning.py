@@ -135,7 +135,7 @@ class _VariantWork:
         )  # fmt: skip
         self.answers = Answers(
             spec=self.spec, variant=self.variant, environment=self.environment, batch_size=self.batch_size,
-            capacity_bytes=self.device.capacity_bytes, usable_bytes=self.capacity_bytes, question=self.question,
+            capacity_bytes=self.given_bytes, usable_bytes=self.capacity_bytes, question=self.question,
             trials=self.log.trials, worker=self.worker,
         )  # fmt: skip
 
@@ -148,7 +148,13 @@ class _VariantWork:
     @property
     def capacity_bytes(self) -> int:
         """What trials may reserve: the capacity without the headroom."""
-        return self.spec.usable_bytes(self.device.capacity_bytes)
+        return self.spec.usable_bytes(self.given_bytes)
+
+    @property
+    def given_bytes(self) -> int:
+        """The capacity that the question is about, of one of the variant's GPUs."""
+        limit = self.device.limit
+        return self.device.capacity_bytes if limit is None else limit.of(self.variant).capacity_bytes
 
     @property
     def is_measured(self) -> bool:
@@ -164,7 +170,7 @@ class _VariantWork:
         if self.store is None or self.fresh:
             return None
         return self.store.find_plan(
-            self.spec.hash, self.variant, self.environment.key(), self.device.capacity_bytes, self.batch_size, question
+            self.spec.hash, self.variant, self.environment.key(), self.given_bytes, self.batch_size, question
         )
 
     def plan(self, predict_start: Device | None) -> Plan:
@@ -195,9 +201,9 @@ class _VariantWork:
 
     def _marked(self, plan: Plan) -> Plan:
         """``plan`` with the word that it was measured under a limit, where it was."""
-        limit = self.device.limit
-        if limit is None:
+        if self.device.limit is None:
             return plan
+        limit = self.device.limit.of(self.variant)
         notes = (note for note in plan.notes if not limit.is_note(note))
         return replace(plan, notes=(limit.note, *notes), details={**plan.details, "limit": limit.as_dict()})
 

@@ -17,7 +17,7 @@ from planner.planning import plan_sweep
 from planner.progress import SweepFinished, SweepStarted, TrialFinished, TrialStarted, VariantFinished, VariantStarted
 from planner.reports import plan_dict
 from planner.specs.model import SearchSpec
-from planner.specs.variants import Checkpointing, Precision
+from planner.specs.variants import Checkpointing, Parallelism, Precision, VariantAxes
 from planner.store import Store
 from planner.summaries import summary
 from planner.trials import Interval, Outcome, PlanStatus, Source
@@ -160,6 +160,21 @@ def test_a_plan_that_was_measured_under_a_limit_says_so_for_whoever_asks():
     (again,) = plan_sweep(make_spec(), device, store=store)
     assert (again.stored, again.is_under_limit, again.stands_for) == (True, True, None)
     assert again.notes == (device.limit.note,)
+
+
+def test_several_gpus_are_held_to_less_and_the_plan_and_its_trials_say_so():
+    store, device = MemoryStore(), ThresholdDevice(9)
+    device.limit = Limit(
+        gpu="h200", capacity_bytes=16 * GIB, unlimited_capacity_bytes=139 * GIB, stands_for="a10g",
+        capacity_of_rank_bytes=15 * GIB,
+    )  # fmt: skip
+    spec = make_spec(variants=VariantAxes(parallelism=(Parallelism.SINGLE, Parallelism.DDP), gpus=2))
+    one, two = plan_sweep(spec, device, store=store)
+    assert [one.capacity_bytes, two.capacity_bytes] == [16 * GIB, 15 * GIB]
+    assert "held to the 15.00 GiB that one a10g leaves the allocator beside NCCL" in two.notes[0]
+    kept = {stored.capacity_bytes for _, variant, stored in store.trials if variant == two.variant}
+    assert kept == {15 * GIB}
+    assert [plan.stored for plan in plan_sweep(spec, device, store=store)] == [True, True]
 
 
 def test_nothing_fits():

@@ -73,20 +73,17 @@ def make_device():
         device.close()
 
 
-def test_a_smaller_card_has_less_left_beside_nccl(make_device):
-    small = find_gpu("a10g")
+def test_a_smaller_card_has_less_left_beside_nccl():
+    small, two = find_gpu("a10g"), Variant(parallelism=Parallelism.DDP, gpus=2)
     most = default_capacity_bytes(small)
-    device = make_device(stands_for=small)
-    peers = make_device(stands_for=small, peers=[device.local])
+    (local,) = local_gpus({}, fake_nvml())
 
-    def given(device, variant, capacity_bytes):
-        with device.open(make_spec(), variant, capacity_bytes=capacity_bytes) as runner:
-            return runner.run(1).details["capacity"]
+    def held(capacity_bytes, variant):
+        return LocalDevice(local, capacity_bytes, stands_for=small).limit.of(variant)
 
-    two = Variant(parallelism=Parallelism.DDP, gpus=2)
-    assert given(device, Variant(), most) == most
-    assert given(peers, two, most) == most - COMMUNICATOR_BYTES
-    assert given(peers, two, GIB) == GIB
+    assert (held(most, Variant()).capacity_bytes, "NCCL" in held(most, Variant()).note) == (most, False)
+    assert (held(most, two).capacity_bytes, "NCCL" in held(most, two).note) == (most - COMMUNICATOR_BYTES, True)
+    assert (held(GIB, two).capacity_bytes, "NCCL" in held(GIB, two).note) == (GIB, False)
 
 
 def test_a_fresh_trial_is_a_fork_of_one_preloaded_process(make_device):

@@ -72,11 +72,15 @@ class LocalDevice:
         most = default_capacity_bytes(self.gpu)
         if self.capacity_bytes >= most and self.stands_for is None:
             return None
-        return Limit(
-            gpu=self.gpu.name,
-            capacity_bytes=self.capacity_bytes,
-            unlimited_capacity_bytes=most,
-            stands_for=self.stands_for.name if self.stands_for else None,
+        limit = Limit(gpu=self.gpu.name, capacity_bytes=self.capacity_bytes, unlimited_capacity_bytes=most)
+        if self.stands_for is None:
+            return limit
+        # A smaller card has less left beside NCCL, which this one has room for.
+        of_rank = min(self.capacity_bytes, default_capacity_bytes(self.stands_for, num_ranks=2))
+        return replace(
+            limit,
+            stands_for=self.stands_for.name,
+            capacity_of_rank_bytes=of_rank if of_rank < self.capacity_bytes else None,
         )
 
     def environment(self, spec: Spec) -> Environment:
@@ -100,10 +104,7 @@ class LocalDevice:
             raise InvalidSpec(
                 f"{variant.gpus} GPUs of type {self.gpu.name} are needed, and {counted} here", field="variants.gpus"
             )
-        capacity = capacity_bytes or self.capacity_bytes
-        if self.stands_for is not None:  # a smaller card has less left beside NCCL, which this one has room for
-            capacity = min(capacity, default_capacity_bytes(self.stands_for, variant.gpus))
-        return LocalRunner(self, spec, variant, capacity)
+        return LocalRunner(self, spec, variant, capacity_bytes or self.capacity_bytes)
 
     def close(self) -> None:
         """End the preloaded process; the next trial starts one again."""
