@@ -22,6 +22,8 @@ Running out of GPU memory is not an error but an outcome (``planner.trials.Outco
 from __future__ import annotations
 
 import difflib
+import sys
+import traceback
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -129,6 +131,25 @@ def first_line(error: BaseException) -> str:
 def described(error: BaseException) -> str:
     """``KeyError: 'x'``: the type of ``error`` and its ``first_line``."""
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+def raised(error: BaseException) -> str:
+    """``described``, and where it was raised: ``ValueError: no (my_project.models, line 38)``."""
+    return f"{described(error)}{place(error)}"
+
+
+def place(error: BaseException) -> str:
+    """`` (my_project.models, line 38)``: the innermost line that ``error`` passed through of neither torch, nor Python's
+    own library, nor this package; empty where there is none."""
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__"))
+        if module.partition(".")[0] not in _NOT_THE_MODEL:
+            found = f" ({module}, line {line})"
+    return found
+
+
+_NOT_THE_MODEL = {"planner", "torch", *sys.stdlib_module_names}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ class Net(torch.nn.Module):
             time.sleep(1000)
         if self.how == "long":
             raise ValueError("tensor" * 1_000_000)
+        if self.how == "names cuda":
+            x = x + torch.ones(8, device="cuda")
+        if self.how == "reads" and self.linear(x).sum().item() > 0:
+            x = x + 1
+        if self.how == "is_cuda":
+            assert x.is_cuda and self.linear.weight.is_cuda and not torch.ones(1).is_cuda
         return {"loss": self.linear(x).sum()}
 """
 
@@ -70,7 +77,27 @@ def test_a_model_that_ends_its_process_is_the_models_error(device: VirtualDevice
     model = {"source": "python", "target": "odd_net:Net", "args": {"how": how}}
     with pytest.raises(ModelError) as caught:
         _predict(device, model, {"kind": "tensors", "inputs": {"x": {"shape": [8], "dtype": "float32"}}})
-    assert str(caught.value) == f"model: {said}"
+    assert re.fullmatch(rf"model: {re.escape(said)}( \(odd_net, line \d+\))?", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "line"),
+    [
+        ("names cuda", "no device of the name cuda", "device='cuda'"),
+        ("reads", "the model reads the value of a tensor that depends on its weights", ".item()"),
+    ],
+)
+def test_an_error_names_the_line_of_the_model(device: VirtualDevice, how: str, said: str, line: str) -> None:
+    model = {"source": "python", "target": "odd_net:Net", "args": {"how": how}}
+    with pytest.raises(ModelError, match=said) as caught:
+        _predict(device, model, {"kind": "tensors", "inputs": {"x": {"shape": [8], "dtype": "float32"}}})
+    number = next(number for number, text in enumerate(MODULE.splitlines(), 1) if line.replace("'", '"') in text)
+    assert f"(odd_net, line {number})" in str(caught.value)
+
+
+def test_a_model_that_chooses_by_is_cuda_takes_the_path_of_a_gpu(device: VirtualDevice) -> None:
+    model = {"source": "python", "target": "odd_net:Net", "args": {"how": "is_cuda"}}
+    _predict(device, model, {"kind": "tensors", "inputs": {"x": {"shape": [8], "dtype": "float32"}}})
 
 
 def test_a_model_that_hangs_is_killed_with_its_processes_and_the_device_serves_the_next(device: VirtualDevice) -> None:
@@ -88,7 +115,8 @@ def test_a_models_message_is_quoted_in_part(device: VirtualDevice) -> None:
     model = {"source": "python", "target": "odd_net:Net", "args": {"how": "long"}}
     with pytest.raises(ModelError) as caught:
         _predict(device, model, {"kind": "tensors", "inputs": {"x": {"shape": [8], "dtype": "float32"}}})
-    assert str(caught.value) == f"model: the training step raised ValueError: {('tensor' * 100)[:MAX_QUOTED]}..."
+    quoted = f"model: the training step raised ValueError: {('tensor' * 100)[:MAX_QUOTED]}..."
+    assert re.fullmatch(rf"{re.escape(quoted)} \(odd_net, line \d+\)", str(caught.value))
     assert len(caught.value.__notes__[0]) < 2 * TAIL_BYTES
 
 

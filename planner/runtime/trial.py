@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from planner.endurance import wants_another_step
-from planner.errors import DeviceLost, ModelError, PlannerError, described, first_line
+from planner.errors import DeviceLost, ModelError, PlannerError, described, first_line, raised
 from planner.runtime.card import Card
 from planner.runtime.context import Context
 from planner.specs.model import Spec
@@ -220,4 +220,4 @@ def _judge(error: BaseException, is_short: Callable[[], bool]) -> tuple[Outcome,
         raise error
     if is_gpu_fault(error) or isinstance(error, MemoryError):
         return Outcome.FAILED, described(error)
-    raise ModelError(f"the training step raised {described(error)}", field="model") from error
+    raise ModelError(f"the training step raised {raised(error)}", field="model") from error

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from planner.errors import InvalidSpec, ModelError, PlannerError, described, first_line, nearest
+from planner.errors import InvalidSpec, ModelError, PlannerError, first_line, nearest, raised
 from planner.specs.model import ModelSource, ModelSpec, Spec
 from planner.specs.tasks import AUTO_CLASSES
 from planner.training.data import num_classes
@@ -96,7 +96,7 @@ def _built(name: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     except PlannerError:
         raise
     except (Exception, SystemExit) as error:  # the border to the user's code, which may even exit
-        message = f"{name} could not be built: {described(error)}"
+        message = f"{name} could not be built: {raised(error)}"
         raise ModelError(message, field="model") from error
 
 

@@ -68,6 +68,7 @@ def install() -> torch.device:
     # A parameter of fake tensors is a FakeTensor to ``type``; on CUDA the same parameter gets the foreach kernels.
     for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
         importlib.import_module(module)._foreach_supported_types.append(FakeTensor)
+    FakeTensor.is_cuda = property(_is_cuda)  # type: ignore[assignment]
     FakeTensor.__format__ = _format  # type: ignore[assignment, method-assign]
     _claim_kernels()
     return torch.device(NAME, 0)
@@ -124,6 +125,11 @@ def _deepcopy(self: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
 def _format(self: FakeTensor, spec: str) -> str:
     """As ``torch.Tensor.__format__``, which looks into a scalar only if it is no subclass: ``f"expert_{index}"``."""
     return self.item().__format__(spec) if self.dim() == 0 and not self.is_meta else object.__format__(self, spec)
+
+
+def _is_cuda(self: FakeTensor) -> bool:
+    """Models choose between kernels by it."""
+    return self.fake_device.type == NAME
 
 
 def _apply(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:

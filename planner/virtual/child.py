@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.allocator import parse_conf
-from planner.errors import InvalidArgument, ModelError, PlannerError, described
+from planner.errors import InvalidArgument, ModelError, PlannerError, place, raised
 from planner.forks import adopt_orphans
 from planner.processes import serve
 from planner.specs.document import parse_spec
@@ -153,10 +153,19 @@ class Predictor:
         assert self._spec is not None, "open comes first"
         try:
             return trace_steps(self._spec, variant, batch_size, self._architecture, built=self._built)
+        except ModelError as error:
+            raise ModelError(f"{error.message}{place(error)}", field=error.field) from error
         except PlannerError:
             raise
         except (Exception, SystemExit) as error:  # the border to the user's model: it can raise anything
-            raise ModelError(f"the training step raised {described(error)}", field="model") from error
+            asks_for_cuda = any(word in str(error).lower() for word in ("cuda", "vgpu"))
+            said = f"the training step raised {raised(error)}{_NO_CUDA if asks_for_cuda else ''}"
+            raise ModelError(said, field="model") from error
+
+
+_NO_CUDA = (
+    "; the virtual GPU is no device of the name cuda: a model that takes the device of its inputs runs here and on a GPU"
+)
 
 
 def main() -> None:
