@@ -1,6 +1,8 @@
 """What the pages show of plans."""
 
-from planner_api.views import newest_answers, plan_row
+from dataclasses import replace
+
+from planner_api.views import chart, newest_answers, plan_row
 
 from planner.specs.variants import Sdpa, Variant
 from planner.trials import Source
@@ -35,3 +37,13 @@ def test_another_question_is_another_row():
     plain, constrained = make_plan(size=27), make_plan(size=24, question=CONSTRAINED)
     other = make_plan(Variant(precision=BF16.precision, sdpa=Sdpa.MATH), size=20)
     assert len(newest_answers([plain, constrained, other, plain])) == 3
+
+
+def test_the_chart_draws_what_fits():
+    fits, leaks, does_not = (
+        replace(make_plan(size=9), batch_size=9, max_batch_size=None, fits=said) for said in (True, None, False)
+    )
+    drawn = chart([fits, leaks, does_not, make_plan(size=0)])
+    assert drawn is not None
+    assert len(drawn["bars"]) == 2
+    assert chart([does_not]) is None

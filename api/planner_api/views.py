@@ -76,8 +76,11 @@ def newest_answers(plans: Iterable[Plan]) -> list[Plan]:
 
 
 def chart(plans: Sequence[Plan]) -> dict[str, Any] | None:
-    """Peak reserved bytes against capacity in GiB, a bar for each plan in which anything fits; ``None`` without any."""
-    shown = [plan for plan in plans if plan.peaks is not None and plan.max_batch_size != 0]
+    """Peak reserved bytes against capacity in GiB, a bar for each plan in which anything fits; ``None`` without any.
+
+    The peak of a size that ran out of memory is no bar: it is where it ended, not what it needs.
+    """
+    shown = [plan for plan in plans if plan.peaks is not None and plan.max_batch_size != 0 and plan.fits is not False]
     if not shown:
         return None
     several_models = len({plan.model for plan in shown}) > 1
