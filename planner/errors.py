@@ -139,8 +139,8 @@ def raised(error: BaseException) -> str:
 
 
 def place(error: BaseException) -> str:
-    """`` (my_project.models, line 38)``: the innermost line that ``error`` passed through of neither torch, nor Python's
-    own library, nor this package; empty where there is none."""
+    """`` (my_project.models, line 38)``: the innermost line that ``error`` passed through which is not of torch, of
+    Python's own library or of this package; empty where there is none."""
     found = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         module = str(frame.f_globals.get("__name__"))

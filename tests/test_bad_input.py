@@ -83,7 +83,7 @@ def test_a_model_that_ends_its_process_is_the_models_error(device: VirtualDevice
 @pytest.mark.parametrize(
     ("how", "said", "line"),
     [
-        ("names cuda", "no device of the name cuda", "device='cuda'"),
+        ("names cuda", "the virtual GPU is not named cuda", "device='cuda'"),
         ("reads", "the model reads the value of a tensor that depends on its weights", ".item()"),
     ],
 )

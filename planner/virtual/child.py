@@ -158,14 +158,13 @@ class Predictor:
         except PlannerError:
             raise
         except (Exception, SystemExit) as error:  # the border to the user's model: it can raise anything
-            asks_for_cuda = any(word in str(error).lower() for word in ("cuda", "vgpu"))
-            said = f"the training step raised {raised(error)}{_NO_CUDA if asks_for_cuda else ''}"
-            raise ModelError(said, field="model") from error
+            hint = _NO_CUDA if any(words in str(error) for words in _WITHOUT_CUDA) else ""
+            raise ModelError(f"the training step raised {raised(error)}{hint}", field="model") from error
 
 
-_NO_CUDA = (
-    "; the virtual GPU is no device of the name cuda: a model that takes the device of its inputs runs here and on a GPU"
-)
+_WITHOUT_CUDA = ("CUDA enabled", "CUDA support", "support for cuda", "CUDA GPUs", "NVIDIA driver", "vgpu:0")
+"""Of what torch says to those who name CUDA where there is none, and models that insist on it."""
+_NO_CUDA = "; the virtual GPU is not named cuda: a model that takes its inputs' device runs here and on a GPU"
 
 
 def main() -> None:
