@@ -35,7 +35,7 @@ from planner.progress import (
     VariantFinished,
     VariantStarted,
 )
-from planner.search import LIMIT, Ask, Search, SearchResult, contradiction_notes, contradictions
+from planner.search import LIMIT, Ask, Search, SearchResult, contradiction_note, contradictions
 from planner.specs.model import SearchSpec, Spec
 from planner.specs.variants import Checkpointing, Compile, Parallelism, Variant
 from planner.throughput import Accumulation, accumulations
@@ -292,7 +292,7 @@ class _VariantWork:
         # Before any trial accumulates: that a size runs out beside gradients that wait says nothing of it without them.
         if below := contradictions(self.log.trials, result.max_batch_size or 0):
             details["not_monotone"] = {"oom_below": list(below)}
-            notes += contradiction_notes(self.log.trials, below)
+            notes.append(contradiction_note(self.log.trials, below))
         if self.spec.train.global_batch_size is not None:
             details["accumulation"] = self._accumulated(runner, result, self.spec.train.global_batch_size)
         plan = self.answers.planned(

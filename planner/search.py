@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from planner.trials import Outcome, Trial
+from planner.trials import Outcome, Source, Trial
 
 LIMIT = 1 << 20
 """Where the search gives up to find an out of memory: no training loop has a larger batch."""
@@ -157,7 +157,7 @@ class Search:
         """The answer so far; the final one once ``ask`` returns ``None``."""
         low, high = self._low, self._high
         below = contradictions(self._trials, low * self._unit)
-        notes = list(self._notes(below))
+        notes = list(self._notes())
         if self._failure is not None:
             fitted = low * self._unit
             notes.append(f"the search stopped at a trial that failed; the largest batch size that fitted is {fitted}")
@@ -284,12 +284,11 @@ class Search:
         spare = _halvings(high - low) + _SPARE if self._allowance is None else self._allowance
         return spare + confirmations
 
-    def _notes(self, below: tuple[int, ...]) -> Iterator[str]:
+    def _notes(self) -> Iterator[str]:
         fits = {trial.batch_size for trial in self._trials if trial.fits}
         ooms = {trial.batch_size for trial in self._trials if trial.outcome is Outcome.OOM}
         for size in sorted(fits & ooms):
             yield f"batch size {size} ran out of memory in one process and fitted in another"
-        yield from contradiction_notes(self._trials, below)
         if self._low >= self._limit:
             name = f" ({self._limit_name})" if self._limit_name else ""
             yield (
@@ -305,14 +304,25 @@ def contradictions(trials: Sequence[Trial], largest: int) -> tuple[int, ...]:
     return tuple(sorted(size for size in ooms - fits if size < largest))
 
 
-def contradiction_notes(trials: Sequence[Trial], below: Sequence[int]) -> Iterator[str]:
-    """A sentence for each size of ``contradictions``."""
-    for oom in below:
-        fit = min(trial.batch_size for trial in trials if trial.fits and trial.batch_size > oom)
-        yield (
-            f"not monotone: batch size {oom} ran out of memory and {fit} fitted; train with a size that ran, since any "
-            "other may run out of memory"
+def contradiction_note(trials: Sequence[Trial], below: Sequence[int]) -> str:
+    """What must be said of ``contradictions``."""
+    fit = min(trial.batch_size for trial in trials if trial.fits and trial.batch_size > below[-1])
+    listed = ", ".join(map(str, below[:_MOST_NAMED])) + (
+        f" and {len(below) - _MOST_NAMED} more" if below[_MOST_NAMED:] else ""
+    )
+    sizes = f"batch size{'s' if below[1:] else ''} {listed}"
+    if any(trial.source is Source.PREDICTED for trial in trials):
+        return (
+            f"not monotone: {sizes} {'are' if below[1:] else 'is'} predicted to run out of memory and {fit} to fit; so "
+            "near the capacity fragmentation decides"
         )
+    return (
+        f"not monotone: {sizes} ran out of memory and {fit} fitted; train with a size that ran, since any other may "
+        "run out of memory"
+    )
+
+
+_MOST_NAMED = 8
 
 
 def _halvings(gap: int) -> int:

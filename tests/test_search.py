@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.search import LIMIT, Search, search_max_batch
+from planner.search import LIMIT, Search, contradiction_note, contradictions, search_max_batch
 from planner.trials import Outcome, Peaks, Source, Trial
 
 GIB = 1 << 30
@@ -241,9 +241,23 @@ def test_a_size_that_fits_above_one_that_does_not_is_told_from_a_monotone_result
     result = search_max_batch(islands((1, 40), (42, 44)), start=40, suspects=(43,), confirm_fresh=True)
     assert (result.max_batch_size, result.first_oom_batch_size, result.certified) == (44, 45, True)
     assert result.oom_below == (41,)
-    assert any(note.startswith("not monotone: batch size 41 ran out of memory and 43 fitted") for note in result.notes)
+    note = contradiction_note(result.trials, result.oom_below)
+    assert note.startswith("not monotone: batch size 41 ran out of memory and 43 fitted; train with a size that ran")
     below = search_max_batch(islands((1, 40), (42, 44)), start=44, suspects=(41,), confirm_fresh=True)
     assert (below.max_batch_size, below.oom_below) == (44, (41,))
+
+
+def test_many_sizes_that_contradict_are_one_sentence_and_predicted_ones_are_said_to_be():
+    sizes = range(10, 30)
+    trials = [
+        Trial(batch_size=size, outcome=FITS if size % 2 else OOM, source=Source.PREDICTED, peaks=None) for size in sizes
+    ]
+    note = contradiction_note(trials, contradictions(trials, 29))
+    assert note.startswith(
+        "not monotone: batch sizes 10, 12, 14, 16, 18, 20, 22, 24 and 2 more are predicted to run out"
+    )
+    assert "and 29 to fit" in note
+    assert "ran" not in note
 
 
 def test_what_is_found_out_after_the_first_trial_is_followed():
@@ -277,7 +291,6 @@ def test_whatever_fits_what_is_reported_ran(holes, largest, start):
     assert outcomes[result.first_oom_batch_size] is OOM
     assert result.first_oom_batch_size == result.max_batch_size + 1
     assert all(outcomes[size] is OOM and size < result.max_batch_size for size in result.oom_below)
-    assert bool(result.oom_below) == any(note.startswith("not monotone") for note in result.notes)
 
 
 @given(threshold=st.integers(0, 3000), multiple=st.integers(1, 64), start=st.none() | st.integers(-5, 4000))

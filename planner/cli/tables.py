@@ -77,7 +77,9 @@ def remarks(plans: Sequence[Mapping[str, Any]]) -> list[str]:
         if wording.status(plan) != "planned":
             lines.append(f"{label}: {wording.sizes_line(plan)}")
         if retries := plan.get("num_alloc_retries"):
-            lines.append(f"{label}: the allocator gave cached memory back {wording.counted(retries, 'time')} to go on")
+            gave = "is predicted to give" if plan["source"] == "predicted" else "gave"
+            times = wording.counted(retries, "time")
+            lines.append(f"{label}: the allocator {gave} cached memory back {times} to go on")
     for plan in plans:
         lines.extend(plan.get("notes") or ())
     return list(dict.fromkeys(lines))
