@@ -197,6 +197,7 @@ def _in_process(case: dict[str, Any]) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     reading, writing = context.Pipe(duplex=False)
     process = context.Process(target=_worker, args=(case, writing))
+    os.environ["PYTHONHASHSEED"] = "0"  # as in the process that predicts (``planner.virtual.device``)
     process.start()
     writing.close()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,10 @@ from tests.virtual_child import Process
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
 TOKENS = {"kind": "tokens", "sequence_length": 64}
+FEATURES = {
+    "kind": "tensors",
+    "inputs": {"features": {"shape": [8], "dtype": "float32"}, "labels": {"shape": [], "dtype": "int64", "high": 4}},
+}
 IMAGES = {"kind": "images", "size": 64, "classes": 10}
 
 
@@ -182,14 +187,19 @@ def test_one_process_builds_the_model_and_each_variant_takes_three_traces() -> N
     assert not child.alive
 
 
+def test_two_processes_predict_the_same_bytes_of_a_model_that_draws_its_sizes() -> None:
+    """wav2vec2's masks and the order of ModernBERT's rotary embeddings differ in two processes of a training loop."""
+    spec = parse_spec({"model": {"source": "python", "target": "tests.virtual_models:Random"}, "data": FEATURES})
+    found = []
+    for _ in range(2):
+        device = VirtualDevice(find_gpu("h200"), GIB)
+        with contextlib.closing(device), device.open(spec, spec.variants.product()[0]) as runner:
+            found.append([runner.run(size).peaks for size in (1, 4)])
+    assert found[0] == found[1]
+
+
 def test_traces_are_made_where_no_gpu_is_visible() -> None:
     """They run in forks, and CUDA aborts in a fork of a process that had asked it for a GPU: seen on an H200."""
-    inputs = {"features": {"shape": [8], "dtype": "float32"}, "labels": {"shape": [], "dtype": "int64", "high": 4}}
-    spec = parse_spec(
-        {
-            "model": {"source": "python", "target": "tests.virtual_models:Blind"},
-            "data": {"kind": "tensors", "inputs": inputs},
-        }
-    )
+    spec = parse_spec({"model": {"source": "python", "target": "tests.virtual_models:Blind"}, "data": FEATURES})
     (plan,) = plan_sweep(spec, VirtualDevice(find_gpu("h200"), GIB), batch_size=2)
     assert plan.fits

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy
 import torch
 from torch.nn import functional
 
@@ -113,6 +115,26 @@ class Odd(torch.nn.Module):
         for _ in range(self.num_doubled):
             hidden = _Doubled.apply(hidden + self.linear.weight[0, 0])  # type: ignore[no-untyped-call]
         return functional.cross_entropy(self.linear(hidden) + self.table[0], labels)
+
+
+class Random(Classifier):
+    """Makes tensors of sizes that the host draws at random, and in the order of a set of names: neither is the same in
+    two processes that are not told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.built = random.randrange(1, 1 << 20)
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        first_name = next(iter({f"name {number}" for number in range(1000)}))
+        counts = [
+            self.built,
+            random.randrange(1, 1 << 20),
+            int(numpy.random.randint(1, 1 << 20)),
+            (1 << 20) + 512 * int(first_name.split()[1]),
+        ]
+        kept = [torch.ones(count, device=features.device, requires_grad=True) for count in counts]
+        return super().forward(features, labels) + sum(item.sum() for item in kept)
 
 
 class Blind(Classifier):

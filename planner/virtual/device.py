@@ -32,6 +32,14 @@ _MOST_PRELOADED = 2
 """Processes kept: of the spec in hand, and of one made from it (a search that accumulates gradients)."""
 
 
+_ENVIRONMENT = {
+    # Traces run in forks, and CUDA, once it was asked for a GPU, aborts in a fork.
+    "CUDA_VISIBLE_DEVICES": "",
+    # One order of each set of names: some models allocate in the order of one (ModernBERT, of its kinds of layers).
+    "PYTHONHASHSEED": "0",
+}
+
+
 class VirtualDevice:
     """A GPU type of the catalogue that is not there, with ``capacity_bytes`` for the caching allocator.
 
@@ -69,8 +77,7 @@ class VirtualDevice:
             while len(self._preloaded) >= _MOST_PRELOADED:
                 oldest = next(iter(self._preloaded))
                 self._preloaded.pop(oldest).kill()
-            # No GPU is visible there: traces run in forks, and CUDA, once it was asked for one, aborts in a fork.
-            child = Child.start("planner.virtual.child", env={"CUDA_VISIBLE_DEVICES": ""}, import_cwd=True)
+            child = Child.start("planner.virtual.child", env=_ENVIRONMENT, import_cwd=True)
             request = {
                 "do": "open",
                 "spec": spec_document(spec),

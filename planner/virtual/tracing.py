@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -60,6 +61,7 @@ def build(spec: Spec, architecture: Architecture) -> Built:
     from planner.training import build_model
 
     prepare(architecture)
+    _seed()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     mode.cache_enabled = False  # the recorder has answers to equal calls (``planner.virtual.repeats``)
     with mode, Recorder(Kernels(architecture)):
@@ -93,6 +95,7 @@ def trace_steps(
     spec = _few_micro_batches(spec)
     device = prepare(architecture)
     built = built or build(spec, architecture)
+    _seed()  # a trace shows the same whichever came before it
     recorder = Recorder(Kernels(architecture))
     _recording.append(recorder)
     try:
@@ -119,6 +122,15 @@ def trace_steps(
     finally:
         _recording.remove(recorder)
     return recorder.trace
+
+
+def _seed() -> None:
+    """Start the host's random numbers where every prediction starts them: models draw masks from them, whose counts
+    become sizes (``_compute_mask_indices`` of transformers' wav2vec2 asks NumPy). A trial on a GPU seeds nothing."""
+    random.seed(0)
+    torch.default_generator.manual_seed(0)
+    if importlib.util.find_spec("numpy") is not None:
+        importlib.import_module("numpy").random.seed(0)
 
 
 MAX_MICRO_BATCHES = 3
