@@ -121,6 +121,15 @@ def test_a_short_step_is_timed_twice():
     assert not wants_another_step([5, 5, 5], [9, 9, 9], [3.0, 0.2, 0.2])
 
 
+def test_a_step_with_the_optimizers_state_is_waited_for():
+    assert wants_another_step([5] * 3, [9] * 3, skipped=[True, True, False]), "state came with the third step"
+    assert not wants_another_step([5] * 3, [9] * 3, skipped=[True, False, True])
+    assert not wants_another_step([5] * 3, [9] * 3, skipped=[False, True, True])
+    assert wants_another_step([5] * 3, [9] * 3, skipped=[True] * 3)
+    assert wants_another_step([5] * 23, [9] * 23, skipped=[True] * 23)
+    assert not wants_another_step([5] * 24, [9] * 24, skipped=[True] * 24)
+
+
 def measured(name):
     """The trials of a plan that was measured on an H200, by batch size."""
     (plan,) = json.loads((PROBES / f"{name}.json").read_text())["plans"][:1]

@@ -93,6 +93,23 @@ def test_a_trial_alone(card, process):
     assert set(result["details"]["timings"]) == {"context_s", "move_s", "steps_s"}
 
 
+@pytest.mark.parametrize(
+    ("most", "skipped", "steps", "outcome"),
+    [(1e9, 0, 3, "fits"), (20_000.0, 2, 4, "fits"), (5_000.0, 4, 6, "fits"), (1e-5, 24, 24, "failed")],
+)
+def test_a_trial_goes_on_until_the_optimizers_state_was_there(card, most, skipped, steps, outcome):
+    """A scaler that begins with 65,536 skips the updates of steps whose gradients overflow: on an H200 an LSTM with a
+    CTC loss in fp16-amp updated its weights in the third step first (``steps`` of lstm-projected in
+    measurements/h200/unseen-5.json.gz)."""
+    model = {"source": "python", "target": "tests.runtime_cpu_model:Overflowing", "args": {"most": most}}
+    spec = parse_spec(SPEC | {"model": model})
+    request = REQUEST | {"variant": VARIANT | {"precision": "fp16-amp"}}
+    result = TrialProcess(spec, build_model(spec)).run(**request, batch_size=4, keep=False)
+    assert (result["outcome"], result["details"]["num_steps"]) == (outcome, steps)
+    assert result["details"].get("num_skipped_updates", 0) == skipped
+    assert ("gradients overflowed in each of 24 steps" in (result["error"] or "")) == (outcome == "failed")
+
+
 def test_a_process_that_is_kept_holds_no_optimizer(card, process, monkeypatch):
     """The trial's own is not there any more when the process is cleaned."""
 

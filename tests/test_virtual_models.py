@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from planner.gpus import find_gpu
 from planner.planning import plan_sweep
-from planner.specs.document import parse_spec
+from planner.specs.document import load_spec, parse_spec
 from planner.trials import Outcome, PlanStatus, Source
 from planner.units import GIB
 from planner.virtual.device import VirtualDevice
 from tests.virtual_child import Process
 
+ROOT = Path(__file__).parent.parent
 SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
 TOKENS = {"kind": "tokens", "sequence_length": 64}
 FEATURES = {
@@ -196,6 +200,26 @@ def test_two_processes_predict_the_same_bytes_of_a_model_that_draws_its_sizes() 
         with contextlib.closing(device), device.open(spec, spec.variants.product()[0]) as runner:
             found.append([runner.run(size).peaks for size in (1, 4)])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("precision", "skips"), [("fp16-amp", True), ("bf16-amp", False)])
+def test_the_interval_holds_steps_that_a_gradient_scaler_skipped(precision: str, skips: bool) -> None:
+    """The first two of three measured steps overflowed and made no optimizer state: 488,636,416 bytes reserved."""
+    measured = json.loads(gzip.decompress((ROOT / "measurements/h200/unseen-5.json.gz").read_bytes()))["cases"]
+    (case,) = (
+        each for each in measured if (each["case"], each["variant"]["precision"]) == ("lstm-projected", precision)
+    )
+    spec = load_spec(ROOT / "measurements/specs/lstm-projected.yaml")
+    device = VirtualDevice(find_gpu("h200"), GIB)
+    (variant,) = (each for each in spec.variants.product() if str(each.precision) == precision)
+    with contextlib.closing(device), device.open(spec, variant) as runner:
+        trial = runner.run(1, fresh=True)
+    interval, reserved = trial.reserved_interval, case["peaks"]["1"]["reserved"]
+    assert trial.peaks is not None
+    assert interval is not None
+    assert interval.low_bytes <= reserved <= interval.high_bytes
+    assert (trial.peaks.reserved_bytes == reserved) != skips
+    assert ("while gradients overflow" in interval.basis) == skips
 
 
 def test_traces_are_made_where_no_gpu_is_visible() -> None:

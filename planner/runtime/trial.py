@@ -47,6 +47,8 @@ class _Record:
     allocated_after_step_bytes: list[int] = field(default_factory=list)
     retries_after_step: list[int] = field(default_factory=list)
     """``num_alloc_retries`` so far."""
+    skipped: list[bool] = field(default_factory=list)
+    """Of each training step: whether the gradient scaler left its update out."""
     driver_bytes: list[int] = field(default_factory=list)
     """All that the allocator has taken from the driver so far, whatever it gave back."""
     num_ooms: int = 0
@@ -67,6 +69,7 @@ class _Record:
     def run(self, training: Training, phase: Phase, batch_size: int, card: Card) -> None:
         """One phase, to its end on the GPU."""
         self.num_ooms = torch.cuda.memory_stats(training.device).get("num_ooms", 0)
+        scale = training.scaler.get_scale()
         start = time.perf_counter()
         training.run(phase, batch_size)
         torch.cuda.synchronize(training.device)
@@ -76,6 +79,8 @@ class _Record:
         else:
             shorter = phase.sequence_length not in (None, training.spec.data.sequence_length)
             (self.other_step_times_s if shorter else self.step_times_s).append(took_s)
+            # It lowers its scale where gradients overflowed, and only there.
+            self.skipped.append(training.scaler.get_scale() < scale)
             stats = torch.cuda.memory_stats(training.device)
             self.allocated_after_step_bytes.append(stats.get("allocated_bytes.all.current", 0))
             self.retries_after_step.append(stats.get("num_alloc_retries", 0))
@@ -120,8 +125,8 @@ class TrialProcess:
         keep: bool,
         accumulation_steps: int = 1,
     ) -> dict[str, Any]:
-        """Run the phases of a trial of ``batch_size``, then steps until one takes nothing more from the driver, and
-        report outcome, peaks, retries and step times as JSON data.
+        """Run the phases of a trial of ``batch_size``, then steps until one takes nothing more from the driver and the
+        optimizer's state is there, and report outcome, peaks, retries and step times as JSON data.
 
         ``accumulation_steps`` stands in for those of the spec that the process was started with.
         ``keep`` asks for a process that can run another trial of the same variant; ``warm`` says whether it can.
@@ -161,6 +166,7 @@ class TrialProcess:
                     "samples_per_step": batch_size * accumulation_steps * chosen.gpus,
                     "allocated_after_step_bytes": record.allocated_after_step_bytes,
                     "retries_after_step": record.retries_after_step,
+                    **({"num_skipped_updates": sum(record.skipped)} if any(record.skipped) else {}),
                     "is_steady": len(record.driver_bytes) > 1 and record.driver_bytes[-1] == record.driver_bytes[-2],
                     "phases": record.phases,
                     **record.beside(),
@@ -186,15 +192,27 @@ class TrialProcess:
                 schedule = phases(spec)
                 is_plain = all(phase.repeats(schedule[0]) for phase in schedule)
                 for number, phase in enumerate(itertools.chain(schedule, itertools.repeat(schedule[-1]))):
-                    goes_on = self._agree(
-                        wants_another_step(record.allocated_after_step_bytes, record.driver_bytes, record.step_times_s)
+                    wanted = wants_another_step(
+                        record.allocated_after_step_bytes,
+                        record.driver_bytes,
+                        record.step_times_s,
+                        skipped=record.skipped,
                     )
+                    goes_on = self._agree(wanted)
                     if (is_plain or number >= len(schedule)) and not goes_on:
                         break
                     record.run(training, phase, batch_size, card)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the border to the user's model: it can raise anything
             return _judge(error, lambda: _is_short(record, context, card))
+        if all(record.skipped):
+            return Outcome.FAILED, _NEVER_UPDATED.format(len(record.skipped))
         return Outcome.FITS, None
+
+
+_NEVER_UPDATED = (
+    "gradients overflowed in each of {} steps, so that none updated the weights: the optimizer's state was never "
+    "there, and what a training run takes is not known"
+)
 
 
 def _is_short(record: _Record, context: Context, card: Card) -> bool:

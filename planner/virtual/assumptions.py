@@ -22,8 +22,8 @@ READ_BY_STEP = (
     "truth values as false"
 )
 NO_OVERFLOW = (
-    "fp16-amp: every step is assumed to update the weights; where gradients overflow, as they may in the first steps "
-    "of a new model, it does not and takes less"
+    "fp16-amp: every step is assumed to update the weights; one whose gradients overflow does not, as may be in the "
+    "first steps of a new model: until one does there is no optimizer state, and less memory is taken than later"
 )
 # The operators that choose, and where among their results the chosen indices are.
 _CHOOSING = {aten.topk.default: 1, aten.argmax.default: 0, aten.max.dim: 1, aten.multinomial.default: 0}

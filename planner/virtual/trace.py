@@ -102,6 +102,8 @@ class Trace:
     """``(index into events, name)``: where a phase begins."""
     doubts: list[Doubt] = field(default_factory=list)
     """Where what a kernel allocates is not known exactly, in the order of the calls."""
+    skippable_update: int | None = None
+    """The event with which the optimizer's first step begins, where a gradient scaler may skip it; else ``None``."""
     successors: dict[int, int] | None = None
     """Of the last step, as ``planner.allocator.Events`` has them."""
     library_bytes: dict[int, int] = field(default_factory=dict)

@@ -154,6 +154,8 @@ def _followed(training: Training, recorder: Recorder) -> Iterator[None]:
         return drawn
 
     def before_step(*_: object) -> None:
+        if training.scaler.is_enabled() and recorder.trace.skippable_update is None:
+            recorder.trace.skippable_update = len(recorder.trace.events)
         owners.mark_gradients(model)
         recorder.in_optimizer = True
 
