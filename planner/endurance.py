@@ -53,16 +53,23 @@ class Leak:
     steps_left: int
     """After the trial's own, until allocated bytes meet the capacity at this pace; fewer if it has to share."""
     source: Source
+    in_cycles: bool = False
+    """What is left hangs in reference cycles, which Python's garbage collector frees when it runs."""
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "source": str(self.source)}
 
     def sentence(self) -> str:
         predicted = ", predicted" if self.source is Source.PREDICTED else ""
+        grows = f"at batch size {self.batch_size} every step leaves {format_bytes(self.bytes_per_step)} more allocated"
+        if self.in_cycles:
+            return (
+                f"memory in reference cycles{predicted}: {grows} until Python's garbage collector runs, in its time; "
+                f"without it memory runs out after about {self.steps_left} more steps; nothing is certified"
+            )
         return (
-            f"a leak{predicted}: at batch size {self.batch_size} every step leaves "
-            f"{format_bytes(self.bytes_per_step)} more allocated, so that memory runs out after about "
-            f"{self.steps_left} more steps; nothing is certified"
+            f"a leak{predicted}: {grows}, so that memory runs out after about {self.steps_left} more steps; nothing is "
+            "certified"
         )
 
 
@@ -74,6 +81,12 @@ def growing_steps(allocated_bytes: Sequence[int]) -> int:
             break
         count += 1
     return count
+
+
+def grown_bytes(allocated_bytes: Sequence[int]) -> int:
+    """How much more is allocated than after the second step, when all state is there as a rule: what cycles keep may
+    grow in every other step, as collections of young objects fall."""
+    return max(allocated_bytes[-1] - allocated_bytes[LEAST_STEPS - 1], 0) if len(allocated_bytes) > LEAST_STEPS else 0
 
 
 def wants_another_step(
@@ -108,15 +121,21 @@ def wants_another_step(
 def leak_of(trial: Trial, capacity_bytes: int) -> Leak | None:
     """The leak that a trial which fits shows; ``None`` for none, or for one that no training run lives to see."""
     allocated = [int(count) for count in trial.details.get("allocated_after_step_bytes", ())]
-    steps = growing_steps(allocated)
-    if not trial.fits or steps < (GROWING_STEPS if trial.source is Source.MEASURED else PREDICTED_GROWING_STEPS):
+    steps, in_cycles = growing_steps(allocated), bool(trial.details.get("in_cycles") and grown_bytes(allocated))
+    if in_cycles:
+        steps = len(allocated) - LEAST_STEPS
+    enough = in_cycles or steps >= (GROWING_STEPS if trial.source is Source.MEASURED else PREDICTED_GROWING_STEPS)
+    if not trial.fits or not enough:
         return None
     per_step = (allocated[-1] - allocated[-1 - steps]) // steps
     peak = trial.peaks.allocated_bytes if trial.peaks else allocated[-1]
     steps_left = max(capacity_bytes - peak, 0) // max(per_step, 1)
     if steps_left >= MAX_STEPS:
         return None
-    return Leak(batch_size=trial.batch_size, bytes_per_step=per_step, steps_left=steps_left, source=trial.source)
+    return Leak(
+        batch_size=trial.batch_size, bytes_per_step=per_step, steps_left=steps_left, source=trial.source,
+        in_cycles=in_cycles,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

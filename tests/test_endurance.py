@@ -54,6 +54,17 @@ def test_what_settles_is_no_leak(allocated):
     assert leak_of(trial(8, *allocated), 16 * GIB) is None
 
 
+def test_cycles_that_grow_in_every_other_step_are_named():
+    def kept(*steps):
+        allocated = [GIB + MIB * step for step in steps]
+        return make_trial(8, details={"allocated_after_step_bytes": allocated, "in_cycles": True})
+
+    leak = leak_of(kept(0, 1, 1, 2, 2, 3), 16 * GIB)
+    assert (leak.in_cycles, leak.bytes_per_step) == (True, 2 * MIB // 4)
+    assert "until Python's garbage collector runs" in leak.sentence()
+    assert leak_of(kept(0, 1, 1, 1), 16 * GIB) is None
+
+
 def test_a_leak_that_no_run_lives_to_see_is_none():
     """A loss that is kept at every step is 512 bytes."""
     growing = trial(8, GIB, GIB + 512, GIB + 1024, GIB + 1536, peaks=Peaks(allocated_bytes=GIB, reserved_bytes=GIB))

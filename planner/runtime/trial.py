@@ -6,6 +6,7 @@ such trials certify. One that is kept warm saves the next trial CUDA's start and
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from planner.endurance import wants_another_step
+from planner.endurance import grown_bytes, wants_another_step
 from planner.errors import DeviceLost, ModelError, PlannerError, described, first_line, raised
 from planner.runtime.card import Card
 from planner.runtime.context import Context
@@ -47,6 +48,8 @@ class _Record:
     allocated_after_step_bytes: list[int] = field(default_factory=list)
     retries_after_step: list[int] = field(default_factory=list)
     """``num_alloc_retries`` so far."""
+    in_cycles: bool = False
+    """Whether Python's garbage collector freed half of what they grew by."""
     skipped: list[bool] = field(default_factory=list)
     """Of each training step: whether the gradient scaler left its update out."""
     driver_bytes: list[int] = field(default_factory=list)
@@ -88,6 +91,13 @@ class _Record:
         self.phases.append(phase.name)
         self.report = training.report()
         self.device_bytes = max(self.device_bytes, card.used_bytes())
+
+    def collect(self, device: torch.device) -> None:
+        """Tell a leak from what hangs in reference cycles, where memory has grown."""
+        if grown := grown_bytes(self.allocated_after_step_bytes):
+            gc.collect()
+            freed = self.allocated_after_step_bytes[-1] - torch.cuda.memory_allocated(device)
+            self.in_cycles = 2 * freed >= grown
 
     def beside(self) -> dict[str, Any]:
         """What only some specs and variants have, as JSON data."""
@@ -165,6 +175,7 @@ class TrialProcess:
                     "num_steps": len(record.allocated_after_step_bytes),
                     "samples_per_step": batch_size * accumulation_steps * chosen.gpus,
                     "allocated_after_step_bytes": record.allocated_after_step_bytes,
+                    **({"in_cycles": True} if record.in_cycles else {}),
                     "retries_after_step": record.retries_after_step,
                     **({"num_skipped_updates": sum(record.skipped)} if any(record.skipped) else {}),
                     "is_steady": len(record.driver_bytes) > 1 and record.driver_bytes[-1] == record.driver_bytes[-2],
@@ -202,6 +213,7 @@ class TrialProcess:
                     if (is_plain or number >= len(schedule)) and not goes_on:
                         break
                     record.run(training, phase, batch_size, card)
+                record.collect(context.device)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the border to the user's model: it can raise anything
             return _judge(error, lambda: _is_short(record, context, card))
         if all(record.skipped):

@@ -198,6 +198,7 @@ class VirtualRunner:
                 **({"needed_bytes": needed["bytes"]} if needed else {}),
                 "num_steps": reply["num_steps"],
                 "allocated_after_step_bytes": reply.get("allocated_after_step_bytes", []),
+                **({"in_cycles": True} if reply.get("in_cycles") else {}),
                 "traced": reply["traced"],
                 "traced_batch_sizes": reply["traced_batch_sizes"],
                 "unmodelled": reply["unmodelled"],

@@ -100,6 +100,7 @@ def predict_trial(
     }
     if fresh:
         reply["allocated_after_step_bytes"] = allocated_after_steps(scaled)
+        reply["in_cycles"] = scaled.trace.in_cycles
         without_update = peak_without_update(scaled, config, device_total_bytes)
         reply["needed"] = _interval(
             replays.needed_bytes, replays.spread, scaled, compute_capability, without_update_bytes=without_update

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import gc
 import importlib
 import sys
 import threading
@@ -162,6 +163,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Record nothing more: what dies from now on does so because the trace is at its end."""
         self.trace.mark("end")
         self._stopped = True
+
+    def collect(self) -> int:
+        """Run Python's garbage collector; how many bytes it freed."""
+        before = [block for _, block in self._live.values() if block is not None]
+        gc.collect()
+        left = {block for _, block in self._live.values()}
+        return sum(self.trace.sizes[block] for block in before if block not in left)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE and isinstance(args[0], FakeTensor):  # the engine asks it of each gradient many times

@@ -29,6 +29,12 @@ def successors_of_last_step(trace: Trace) -> dict[int, int] | None:
     return dict(zip(replaced, left, strict=True))
 
 
+def grown_in_last_step(trace: Trace) -> int:
+    """How many bytes more the last step left than it found."""
+    start, end = trace.steps[-1]
+    return sum(trace.sizes[event] if event >= 0 else -trace.sizes[~event] for event in trace.events[start:end])
+
+
 def repeat_last_step(trace: Trace) -> bool:
     """Append the last step of ``trace`` once more, with its own blocks; ``False``, and nothing appended, where it may
     go otherwise."""

@@ -106,6 +106,8 @@ class Trace:
     """The event with which the optimizer's first step begins, where a gradient scaler may skip it; else ``None``."""
     successors: dict[int, int] | None = None
     """Of the last step, as ``planner.allocator.Events`` has them."""
+    in_cycles: bool = False
+    """Whether half of what the last step left beyond what it found is for Python's garbage collector to free."""
     library_bytes: dict[int, int] = field(default_factory=dict)
     """As ``planner.allocator.Events`` has them."""
     notes: list[str] = field(default_factory=list)

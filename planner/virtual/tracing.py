@@ -21,7 +21,7 @@ from planner.virtual.architecture import Architecture
 from planner.virtual.indices import IndexOutOfRange
 from planner.virtual.kernels import Kernels
 from planner.virtual.recorder import Recorder, spare_lookups
-from planner.virtual.steady import repeat_last_step, successors_of_last_step
+from planner.virtual.steady import grown_in_last_step, repeat_last_step, successors_of_last_step
 from planner.virtual.trace import Purpose, Trace
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ def trace_steps(
                 if variant.precision is Precision.FP16_AMP:
                     recorder.trace.note(assumptions.NO_OVERFLOW)
                 recorder.stop()
+                if (grown := grown_in_last_step(recorder.trace)) > 0:
+                    recorder.trace.in_cycles = 2 * recorder.collect() >= grown
     except IndexOutOfRange as error:
         raise error.of_spec(spec) from error
     finally:
