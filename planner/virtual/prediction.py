@@ -96,7 +96,7 @@ def predict_trial(
         "traced": scaled.exact,
         "traced_batch_sizes": list(family.traced_sizes),
         "unmodelled": sorted(operator for operator, _, modelled in scaled.doubts if not modelled),
-        "notes": [*scaled.trace.notes, *([_SURPRISE.format(batch_size)] if scaled.surprising else [])],
+        "notes": [*scaled.trace.notes, *([_SURPRISE] if scaled.surprising else [])],
     }
     if fresh:
         reply["allocated_after_step_bytes"] = allocated_after_steps(scaled)
@@ -148,7 +148,7 @@ def peak_without_update(scaled: Scaled, config: AllocatorConfig, device_total_by
     return replay(first, config, None, device_total_bytes=device_total_bytes).peak_reserved_bytes
 
 
-_SURPRISE = "batch size {} was traced: its memory events are not those that smaller batch sizes foretold"
+_SURPRISE = "traced size by size: memory events are not those that smaller batch sizes foretold"
 
 
 def _interval(
