@@ -1,10 +1,10 @@
 """How well ``planner.virtual.convolutions`` knows workspaces that it was not shown; builds its table.
 
     python benchmarks/convolutions.py            # cross-validation
-    python benchmarks/convolutions.py --write    # build planner/virtual/convolutions_sm90.json.xz
+    python benchmarks/convolutions.py --write    # build planner/virtual/convolutions_sm90.zip
 
-The table is made of the ``*-plans*.json.gz`` in ``measurements/h200``: what cuDNN answered on a GPU, and in
-``depthwise-plans.json.gz`` what it answered without one. Printed are
+The table is made of the ``*-plans*.json.gz`` and ``convolution-changes*.json.xz`` in ``measurements/h200``: what cuDNN
+answered on a GPU, and in ``depthwise-plans.json.gz`` what it answered without one. Printed are
 
 - how far the table is from ``measurements/h200/convolutions.json.gz``: what PyTorch's convolutions were seen to
   allocate on that GPU, nothing of which is in the table;
@@ -22,18 +22,20 @@ import json
 import lzma
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from zipfile import ZipFile, ZipInfo
 
 from planner.virtual import convolutions
 from planner.virtual.convolutions import DIRECTIONS, Workspace
-from planner.virtual.plans import TAIL, Layer, Recipe, Table, Tensors, copied, encode_line
+from planner.virtual.plans import TAIL, Column, Layer, Recipe, Table, Tensors, copied, encode_line, runs, together
 
 ROOT = Path(__file__).parents[1]
 PLANS = sorted((ROOT / "measurements" / "h200").glob("*-plans*.json.gz"))
+CHANGES = sorted((ROOT / "measurements" / "h200").glob("convolution-changes*.json.xz"))
 MEASURED = ROOT / "measurements" / "h200" / "convolutions.json.gz"
 TABLE = ROOT / "planner" / "virtual" / convolutions.TABLE
 TABLE_OF = {
@@ -114,35 +116,47 @@ def explain(row: Row) -> Recipe:
     return found
 
 
-def build(rows: Iterable[Row]) -> dict[str, Any]:
-    """The table's content: layers, batch sizes, and a line of recipes for each layer, kind of tensors and direction."""
-    kept = list(rows)
+def build(rows: Iterable[Row], further: Mapping[tuple[str, Layer], Column] | None = None) -> Table:
+    """Layers, and a line of recipes for each layer, kind of tensors and direction."""
+    cells: dict[tuple[str, Layer], Column] = defaultdict(dict)
+    for key, column in (further or {}).items():
+        cells[key] |= column
+    for row in rows:
+        cells[f"{row.tensors.key} {row.direction}", row.layer][row.n] = explain(row)
     alike = attrgetter("family", "kernel", "stride", "groups", "c", "k", "input_size")  # such an order compresses best
-    ordered = sorted({row.layer for row in kept}, key=alike)
-    layers = {layer: number for number, layer in enumerate(ordered)}
-    batches = {n: number for number, n in enumerate(sorted({row.n for row in kept}))}
-    cells: dict[str, list[list[Recipe | None]]] = defaultdict(lambda: [[None] * len(batches) for _ in layers])
-    for row in kept:
-        cells[f"{row.tensors.key} {row.direction}"][layers[row.layer]][batches[row.n]] = explain(row)
+    ordered = sorted({layer for _, layer in cells}, key=alike)
     families = groupby(ordered, key=attrgetter("family"))
-    return {
-        "batches": list(batches),
-        "layers": {name: "\n".join(layer.text for layer in members) for name, members in families},
-        "recipes": {
-            key: "\n".join(encode_line(line, other) for line, other in zip(lines, _like(key, cells), strict=True))
-            for key, lines in sorted(cells.items())
-        },
-    }
+    texts = {}
+    for key in sorted({key for key, _ in cells}):
+        sizes, recipes = zip(*(_line(key, layer, cells) for layer in ordered), strict=True)
+        texts |= {f"{key} sizes": "\n".join(sizes), f"{key} recipes": "\n".join(recipes)}
+    return Table({name: "\n".join(layer.text for layer in members) for name, members in families}, texts)
 
 
-def _like(key: str, cells: Mapping[str, list[list[Recipe | None]]]) -> Sequence[list[Recipe | None] | None]:
-    """What float16's lines are written against: bfloat16's."""
-    return cells[f"b{key}"] if key.startswith("float16") else [None] * len(cells[key])
+def _line(key: str, layer: Layer, cells: Mapping[tuple[str, Layer], Column]) -> tuple[str, str]:
+    column, other = (dict(sorted(cells.get((each, layer), {}).items())) for each in (key, f"b{key}"))
+    if not key.startswith("float16") or not column:
+        return encode_line(column)
+    column = together(column, other)
+    return ("=", "") if runs(column) == runs(other) else encode_line(column)
 
 
-def write(table: dict[str, Any]) -> None:
-    text = json.dumps(table, separators=(",", ":"))
-    TABLE.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+def changes() -> dict[tuple[str, Layer], Column]:
+    """At which batch sizes cuDNN's answers change, as far as it was asked."""
+    found: dict[tuple[str, Layer], Column] = defaultdict(dict)
+    for path in CHANGES:
+        for key, lines in json.loads(lzma.decompress(path.read_bytes()))["recipes"].items():
+            for line in lines.split("\n"):
+                layer, _, told = line.partition(" | ")
+                pairs = (pair.split(":") for pair in told.split(" "))
+                found[key, Layer.parse(layer)] |= {int(n): Recipe.decode(text) for n, text in pairs if text != "!"}
+    return found
+
+
+def write(table: Table, path: Path) -> None:
+    with ZipFile(path, "w") as archive:
+        for name, text in ((convolutions.LAYERS, json.dumps(table.layers)), *table.texts.items()):
+            archive.writestr(ZipInfo(name), lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def error(seen: int, found: Workspace, rounded: bool) -> int:
@@ -163,7 +177,7 @@ def held_out(rows: list[Row], what: str, every: int = 30) -> Iterator[tuple[Row,
     def hidden(row: Row) -> bool:
         return row.layer in chosen and (what == "layer" or row.n in second[row.tensors, row.layer])
 
-    table = Table(build(row for row in rows if not hidden(row)))
+    table = build(row for row in rows if not hidden(row))
     for row in rows:
         if hidden(row):
             yield row, convolutions.estimate(table, row.direction, row.tensors, row.tensors, row.layer, row.n)
@@ -193,7 +207,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = answers()
     if options.write:
-        write(build(rows))
+        write(build(rows, changes()), TABLE)
         print(f"{TABLE.relative_to(ROOT)}: {TABLE.stat().st_size} bytes")
         return
     print(f"{'':28} {'cases':>7} {'exact':>7} {'1 MiB/%':>7} {'p95':>8} {'inside':>7}")

@@ -10,7 +10,7 @@ documented; asked on a GPU, workspaces are sums of such terms as these, which ``
 - partial sums of a reduction divided among thread blocks, bounded by the number of SMs, thus by some tens of MiB;
 - 16 bytes.
 
-The plan is looked up in a table of what the heuristics answered on one H200 (``convolutions_sm90.json.xz``, built by
+The plan is looked up in a table of what the heuristics answered on H200s (``convolutions_sm90.zip``, built by
 ``benchmarks/convolutions.py``); a layer that is not in the table takes the recipe of the most similar ones in it, and
 the spread among those is its interval. Pure Python: no torch.
 """
@@ -21,18 +21,21 @@ import json
 import lzma
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
+from io import BytesIO
 from typing import Literal, get_args
+from zipfile import ZipFile
 
 from planner.errors import InvalidArgument, nearest
 from planner.virtual.plans import ELEMENT_BYTES, Layer, Recipe, Table, Tensors, closest
 
 Direction = Literal["forward", "dgrad", "wgrad"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
-TABLE = "convolutions_sm90.json.xz"
+TABLE = "convolutions_sm90.zip"
+LAYERS = "layers"  # its member with the layers; the others have the recipes of a kind of tensors, in a direction
 MEASURED_ON = (9, 0)
 PARTIAL_SUMS = 20 << 20  # more than 99% of the measured divided reductions take less
 FAR = 2.5
@@ -40,7 +43,8 @@ FAR = 2.5
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Bytes asked of the allocator, with an interval; ``exact`` when this very case was asked on the GPU.
+    """Bytes asked of the allocator, with an interval; ``exact`` when this very case was asked on the GPU, or the same
+    was answered on both sides of it.
 
     How often the interval holds what was kept from the table, ``benchmarks/convolutions.py`` prints.
     """
@@ -114,7 +118,7 @@ def is_tabled(direction: str, tensors: Tensors, layer: Layer) -> bool:
 
 
 def estimate(table: Table, direction: str, known: Tensors, tensors: Tensors, layer: Layer, n: int) -> Workspace:
-    """By the very case, else by the layer at the closest batch size, else by the most similar layers.
+    """By the layer at the closest batch size, else by the most similar layers.
 
     Of the similar layers, the most similar one among those that agree decides, the closer ones counting more. The
     interval is that of the layer at the batch sizes on either side, or of the similar layers; where even the most
@@ -123,12 +127,11 @@ def estimate(table: Table, direction: str, known: Tensors, tensors: Tensors, lay
     own = table.recipes(known, direction, layer)
     if own:
         batches = list(own)
-        around = [own[batch] for batch in (n, *_around(n, batches)) if batch in own]
+        asked = table.asked(known, direction, layer)
+        around = {own[batch] for batch in (n, *(() if asked and n in own else _around(n, batches))) if batch in own}
         sizes = [recipe.bytes(layer, n, tensors) for recipe in around]
         first = own[closest(n, batches)].bytes(layer, n, tensors)
-        if n in table.answers(known, direction, layer):
-            return Workspace(first, first, first, True)
-        return Workspace(first, min(sizes), max(sizes), False)
+        return Workspace(first, min(sizes), max(sizes), asked and len(around) == 1 and n <= batches[-1])
     alike = table.alike(known, direction, layer, n)
     sizes = [recipe.bytes(layer, n, tensors) for _, recipe in alike]
     if not alike:
@@ -172,7 +175,28 @@ def _widened(found: Workspace, layer: Layer, n: int, tensors: Tensors) -> Worksp
 
 @cache
 def _table() -> Table:
-    return Table(json.loads(lzma.decompress(files("planner.virtual").joinpath(TABLE).read_bytes())))
+    archive = ZipFile(BytesIO(files("planner.virtual").joinpath(TABLE).read_bytes()))
+    return Table(json.loads(member(archive, LAYERS)), Members(archive))
+
+
+class Members(Mapping[str, str]):
+    """An archive's texts by name, each read when it is asked for."""
+
+    def __init__(self, archive: ZipFile) -> None:
+        self._archive = archive
+
+    def __getitem__(self, name: str) -> str:
+        return member(self._archive, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._archive.namelist())
+
+    def __len__(self) -> int:
+        return len(self._archive.namelist())
+
+
+def member(archive: ZipFile, name: str) -> str:
+    return lzma.decompress(archive.read(name)).decode()
 
 
 def _around(n: int, batches: Sequence[int]) -> tuple[int, ...]:

@@ -7,8 +7,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from heapq import nsmallest
-from itertools import chain, groupby
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import NamedTuple
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 TAIL = 16  # bytes that every workspace with a copy in it ends with
@@ -157,83 +157,94 @@ def copied(layer: Layer, n: int, tensors: Tensors) -> dict[str, int]:
     }
 
 
-def encode_line(recipes: list[Recipe | None], like: list[Recipe | None] | None = None) -> str:
-    """A layer's recipes at the table's batch sizes, equal ones in a row written once: ``iow+16*3,io,?*2``.
+Column = dict[int, Recipe]  # a layer's recipes by batch size, ascending
 
-    ``=`` stands for what is in ``like`` at that batch size.
+
+def runs(column: Column) -> Column:
+    """The ends of each run of equal recipes: what lies between two equal ones is taken as they are."""
+    sizes = list(column)
+    around = zip(sizes, [0, *sizes], [*sizes[1:], 0], strict=False)
+    return {n: column[n] for n, low, high in around if not column.get(low) == column[n] == column.get(high)}
+
+
+def encode_line(column: Column) -> tuple[str, str]:
+    """Batch sizes and recipes, apart, which compresses better: ``1-64,-70,96`` and ``iow+16,io,``.
+
+    iow+16 from 1 to 64, io from 65 to 70, nothing at 96; 71 to 95 are not known.
     """
-    others = like or [None] * len(recipes)
-    texts = ("?" if r is None else "=" if r == other else r.encode() for r, other in zip(recipes, others, strict=True))
-    runs = [(text, len(list(run))) for text, run in groupby(texts)]
-    return ",".join(text if count == 1 else f"{text}*{count}" for text, count in runs)
+    ends = list(runs(column).items())
+    sizes, recipes, last = [], [], 0
+    while ends:
+        first, recipe = ends.pop(0)
+        begin = "" if first == last + 1 else str(first)
+        last = ends.pop(0)[0] if ends and ends[0][1] == recipe else first
+        sizes.append(f"{begin}-{last}" if last > first or not begin else begin)
+        recipes.append(recipe.encode())
+    return ",".join(sizes), ",".join(recipes)
 
 
-def decode_line(line: str, like: list[Recipe | None] | None = None) -> list[Recipe | None]:
-    found: list[Recipe | None] = []
-    for run in line.split(","):
-        text, _, count = run.partition("*")
-        times = int(count or 1)
-        if text == "=" and like is not None:
-            found += like[len(found) : len(found) + times]
-        else:
-            found += [None if text == "?" else Recipe.decode(text)] * times
+def decode_line(sizes: str, recipes: str) -> Column:
+    """The ends of its runs."""
+    found: Column = {}
+    last = 0
+    for run, text in zip(sizes.split(","), recipes.split(","), strict=True) if sizes else ():
+        first, _, end = run.partition("-")
+        begin = int(first) if first else last + 1
+        last = int(end or first)
+        found[begin] = found[last] = Recipe.decode(text)
     return found
+
+
+def together(own: Column, other: Column) -> Column:
+    """``own``, and of ``other`` what lies where both agree at the closest batch size of ``own``."""
+    if not own or not other:
+        return own or other
+    mine, others = list(own), list(other)
+    alike = {n: own[n] == other[closest(n, others)] for n in mine}
+    taken = {n: recipe for n, recipe in other.items() if alike[closest(n, mine)]}
+    return dict(sorted({**taken, **own}.items()))
 
 
 class Table:
     """Recipes by kind of tensors, direction, layer and batch size, as ``benchmarks/convolutions.py`` writes them.
 
     A layer's number is its place among the lines of all families, and that of its line of recipes. Most of the table
-    stays text: a prediction asks for a few layers.
+    stays text, or unread: a prediction asks for a few layers, of one kind of tensors.
     """
 
-    def __init__(self, document: Mapping[str, Any]) -> None:
-        self.batches: list[int] = document["batches"]
-        self._families: dict[str, list[str]] = {name: text.split("\n") for name, text in document["layers"].items()}
+    def __init__(self, layers: Mapping[str, str], texts: Mapping[str, str]) -> None:
+        """Layers by family, a line each; ``texts`` has their lines: ``float32-nchw wgrad sizes``, ``... recipes``."""
+        self.layers, self.texts = layers, texts
+        self._families = {name: text.split("\n") for name, text in layers.items()}
         self._numbers = {text: number for number, text in enumerate(chain(*self._families.values()))}
-        self._texts: Mapping[str, str] = document["recipes"]
         self._lines: dict[str, list[str]] = {}
         self._members: dict[str, list[tuple[tuple[float, ...], int, int]]] = {}
         self._near: dict[Layer, list[tuple[float, int, int]]] = {}
 
-    def answers(self, tensors: Tensors, direction: str, layer: Layer) -> dict[int, Recipe]:
-        """Of ``layer`` by batch size, as cuDNN was asked; empty where it was not."""
-        number = self._numbers.get(layer.text)
-        return {} if number is None else self._asked(tensors, direction, number)
+    def recipes(self, tensors: Tensors, direction: str, layer: Layer) -> Column:
+        """Of ``layer`` at the ends of runs of batch sizes; empty where cuDNN was not asked.
 
-    def recipes(self, tensors: Tensors, direction: str, layer: Layer) -> dict[int, Recipe]:
-        """``answers``, and for float16 those in bfloat16 where float16's at the closest batch size is the same.
-
-        Of 39,909 answers kept from the table 95.7% came back within 1 MiB so, 89.5% by float16's own at the closest.
+        Of float16 those in bfloat16 too, where float16's at the closest batch size is the same.
         """
         number = self._numbers.get(layer.text)
         return {} if number is None else self._column(tensors, direction, number)
 
-    def _column(self, tensors: Tensors, direction: str, number: int) -> dict[int, Recipe]:
-        own = self._asked(tensors, direction, number)
-        if tensors.dtype != "float16":
-            return own
-        other = self._asked(tensors._replace(dtype="bfloat16"), direction, number)
-        both = [n for n in own if n in other]
-        if own and not both:
-            return own
-        taken = {n: r for n, r in other.items() if not own or own[closest(n, both)] == other[closest(n, both)]}
-        return dict(sorted({**taken, **own}.items()))
+    def asked(self, tensors: Tensors, direction: str, layer: Layer) -> bool:
+        """Whether cuDNN was asked about this very kind of tensors."""
+        number = self._numbers.get(layer.text)
+        return number is not None and self._line(f"{tensors.key} {direction} sizes", number) != ""
 
-    def _asked(self, tensors: Tensors, direction: str, number: int) -> dict[int, Recipe]:
-        line, other = (self._line(f"{key} {direction}", number) for key in (tensors.key, f"b{tensors.key}"))
-        if line is None:
-            return {}
-        # float16's lines are written against bfloat16's.
-        recipes = decode_line(line, None if other is None else decode_line(other))
-        return {n: recipe for n, recipe in zip(self.batches, recipes, strict=True) if recipe is not None}
+    def _column(self, tensors: Tensors, direction: str, number: int) -> Column:
+        sizes, recipes = (self._line(f"{tensors.key} {direction} {what}", number) for what in ("sizes", "recipes"))
+        if tensors.dtype == "float16" and sizes in ("", "="):  # as bfloat16's
+            return self._column(tensors._replace(dtype="bfloat16"), direction, number)
+        return decode_line(sizes, recipes)
 
-    def _line(self, key: str, number: int) -> str | None:
-        if key not in self._texts:
-            return None
-        if key not in self._lines:
-            self._lines[key] = self._texts[key].split("\n")
-        return self._lines[key][number]
+    def _line(self, name: str, number: int) -> str:
+        if name not in self._lines:
+            text = self.texts.get(name)
+            self._lines[name] = [] if text is None else text.split("\n")
+        return self._lines[name][number] if self._lines[name] else ""
 
     def alike(self, tensors: Tensors, direction: str, layer: Layer, n: int) -> list[tuple[float, Recipe]]:
         """The recipes of the most similar layers at about ``n``, with their distance, the most similar first."""
