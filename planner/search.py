@@ -287,7 +287,8 @@ class Search:
     def _notes(self) -> Iterator[str]:
         fits = {trial.batch_size for trial in self._trials if trial.fits}
         ooms = {trial.batch_size for trial in self._trials if trial.outcome is Outcome.OOM}
-        for size in sorted(fits & ooms):
+        predicted = {trial.batch_size for trial in self._trials if trial.source is Source.PREDICTED}
+        for size in sorted((fits & ooms) - predicted):  # predicted: a trace put one that was foretold right
             yield f"batch size {size} ran out of memory in one process and fitted in another"
         if self._low >= self._limit:
             name = f" ({self._limit_name})" if self._limit_name else ""

@@ -370,6 +370,16 @@ def test_scattered_segments_never_overlap_and_are_the_same_for_a_seed() -> None:
     assert found == placed(1) != placed(2)
 
 
+@pytest.mark.parametrize("addresses", [TopDownAddresses(), ScatteredAddresses(1, 3), ScatteredAddresses(3, 64)])
+def test_a_batch_that_fits_nowhere_is_replayed_all_the_same(addresses) -> None:
+    a = CachingAllocator(AllocatorConfig(), addresses=addresses)
+    blocks = [a.malloc((9 - count % 5) << 40) for count in range(120)]
+    assert a.reserved_bytes > 1 << 49
+    for block in blocks:
+        a.free(block)
+    assert a.allocated_bytes == 0
+
+
 def _mib_from(first: int, addresses: list[int]) -> list[int]:
     return [(address - first) // MIB for address in addresses]
 

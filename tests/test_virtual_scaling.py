@@ -100,3 +100,18 @@ def test_a_trace_that_is_not_as_foretold_is_used() -> None:
     assert not family.checked(56).surprising
     assert list(family.checked(57).events.sizes) == [1570, 77]
     assert model.traced == [2, 5, 54, 55, 56]
+
+
+def test_a_check_says_nothing_of_sizes_between_two_traces_of_different_paths() -> None:
+    """A step that branches on the batch size: a check far above the turn is none of what was foretold from below."""
+    model = _Model(turn=12)
+    family = model.family()
+    family.scaled(8)
+    assert family.checked(1000).surprising
+    assert family.checked(999).surprising, "foretold from below the turn"
+    assert not family.checked(500).surprising
+    assert len(family.checked(400).events.sizes) == 2
+    for size in (300, 20, 13):
+        assert family.checked(size).exact
+        assert len(family.checked(size).events.sizes) == 2
+    assert not family.checked(4).exact

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from planner.allocator.expandable import ExpandableSegment
 
-ADDRESS_BITS = 48
-ADDRESS_MASK = (1 << ADDRESS_BITS) - 1
+ADDRESS_BITS = 56
+"""More than addresses have: a batch size that fits nowhere may take more than 2^48 bytes."""
 
 FREE, USED, PENDING, UNMAPPED = range(4)
 """A block is cached in its pool, held by a tensor, freed but still in use on another stream, or has no memory behind it

@@ -25,6 +25,10 @@ class AddressSpace(Protocol):
         """A library (cuBLAS) takes ``size`` bytes from the driver. Its workspace is the next segment."""
 
 
+_TOP = 1 << 52
+"""Higher than any process has it: a batch size that fits nowhere may take hundreds of TiB."""
+
+
 @dataclass(slots=True)
 class _Range:
     """Addresses that the driver has from the kernel, and what of them is free: ``(address, bytes)``, by address."""
@@ -55,7 +59,7 @@ class TopDownAddresses:
     FREED_BY_LOADING_BYTES = 414 * MIB
 
     def __init__(self) -> None:
-        self._bottom = 0x7F00_0000_0000
+        self._bottom = _TOP
         self._gaps: list[tuple[int, int]] = []
         self._of_segment: dict[int, _Range] = {}
         older = self._started_with(self.RANGE_BYTES - self.OLDER_REST_BYTES, self.OLDER_REST_BYTES)
@@ -150,7 +154,7 @@ class ScatteredAddresses(TopDownAddresses):
 
     def __init__(self, seed: int, regions: int) -> None:
         self._random = Random(seed)  # noqa: S311 - guards nothing
-        self._bottoms = [0x7F00_0000_0000 + (index << 40) for index in range(regions)]
+        self._bottoms = [_TOP + (index << 49) for index in range(regions)]
         super().__init__()
 
     def _take(self, size: int) -> int:

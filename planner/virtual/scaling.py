@@ -8,6 +8,7 @@ rounded), which is why the events are scaled and replayed rather than the peaks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -99,14 +100,16 @@ class TraceFamily:
     def checked(self, batch_size: int, meanwhile: Callable[[Scaled], None] = lambda foretold: None) -> Scaled:
         """The events at ``batch_size`` as a trace has shown them: one at this size, or, where one that was taken to
         check how sizes scale was as foretold, scaled. That one speaks for the sizes below it and a few above: further
-        up a kernel may take another path, so that another trace is taken.
+        up a kernel may take another path, so that another trace is taken. Between two traces of which one took another
+        path than the other, no check speaks for any size.
 
         The only size that is asked for is traced alone. ``meanwhile`` is called with what was foretold once the trace
         that checks it has been started.
         """
         if not self._traces:
             return self.traced(batch_size)
-        if self._checked and batch_size <= self._checked + max(_NEAR, self._checked // _NEAR):
+        near = batch_size <= self._checked + max(_NEAR, self._checked // _NEAR)
+        if self._checked and near and self._is_between_equals(batch_size):
             return self.scaled(batch_size)
         scaled = self.scaled(batch_size)
         if scaled.exact:
@@ -118,10 +121,16 @@ class TraceFamily:
         self._checked = max(self._checked, batch_size) if agree else 0
         return traced if agree else replace(traced, surprising=True)
 
+    def _is_between_equals(self, batch_size: int) -> bool:
+        """Whether the traces next to ``batch_size`` have the same events."""
+        below = max((size for size in self._traces if size <= batch_size), default=None)
+        above = min((size for size in self._traces if size >= batch_size), default=None)
+        return below is None or above is None or self._traces[below].events == self._traces[above].events
+
     def _nearest_pair(self, batch_size: int) -> tuple[int, int] | None:
         """Two traced sizes with the same events: around ``batch_size`` if possible, else the nearest below or above
-        it."""
-        by_distance = sorted(self._traces, key=lambda size: abs(size - batch_size))
+        it, by their ratio to it."""
+        by_distance = sorted(self._traces, key=lambda size: abs(math.log(size / batch_size)))
         for position, nearest in enumerate(by_distance):
             for other in by_distance[position + 1 :]:
                 if self._traces[nearest].events == self._traces[other].events:
