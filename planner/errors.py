@@ -149,7 +149,7 @@ def place(error: BaseException) -> str:
     return found
 
 
-_NOT_THE_MODEL = {"planner", "torch", *sys.stdlib_module_names}
+_NOT_THE_MODEL = {"__main__", "planner", "torch", *sys.stdlib_module_names}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:

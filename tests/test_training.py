@@ -350,6 +350,21 @@ def test_torchvision_is_imported_beside_any_torch_and_trains(name: str, args: di
     assert training.model(torch.randn(2, 3, 32, 32))[0].shape[-1] == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "said"),
+    [
+        ("ssdlite320_mobilenet_v3_large", {"weights_backbone": None}, "takes boxes and labels of each image"),
+        ("raft_small", {}, "takes two images and returns flows: use kind: tensors"),
+        ("r3d_18", {}, r"takes images \[3, frames, height, width\] and returns logits: use kind: tensors"),
+    ],
+)
+def test_torchvisions_models_of_more_than_images_say_what_they_take(name: str, args: dict[str, Any], said: str) -> None:
+    training = _training(_library("torchvision", name, **args))
+    with pytest.raises(InvalidSpec, match=said) as caught:
+        training.batch(2)
+    assert caught.value.field == "data.kind"
+
+
 @pytest.mark.parametrize("name", ["fcn_resnet50", "lraspp_mobilenet_v3_large"])
 def test_torchvisions_segmentation_learns_a_class_for_each_pixel(name: str) -> None:
     training = _training(_library("torchvision", name))

@@ -30,13 +30,33 @@ def make_batch(
     ``sequence_length`` is that of the longest sample, in tokens, where samples differ; the others are padded to it.
     Tensors of four dimensions are made in ``memory_format``.
 
-    Raises ``InvalidSpec`` where the data does not fit the model: tokens for a model without a vocabulary.
+    Raises ``InvalidSpec`` where the data does not fit the model: tokens for a model without a vocabulary, images for
+    one that takes more than an image and its class.
     """
+    _check_torchvision(spec, model)
     if spec.data.kind is DataKind.TOKENS:
         batch = _tokens(spec, model, batch_size, device, sequence_length)
         return batch if sequence_length is None else _padded(spec, model, batch, device)
     makers = {DataKind.IMAGES: _images, DataKind.TENSORS: _tensors}
     return makers[spec.data.kind](spec, model, batch_size, device, memory_format)
+
+
+_TAKEN_BY_TORCHVISION = {
+    "detection": "boxes and labels of each image, which no kind of data has: wrap the model in one of your own "
+    "(source: python) whose forward makes them and returns the loss, with kind: tensors for the images, and probe it on "
+    "a GPU: which boxes match follows from values, so that it is not predicted",
+    "optical_flow": "two images and returns flows: use kind: tensors, and name a function of your own in train.loss",
+    "video": "images [3, frames, height, width] and returns logits: use kind: tensors with the model's own names of "
+    "its inputs, and name a function of your own in train.loss",
+}
+
+
+def _check_torchvision(spec: Spec, model: torch.nn.Module) -> None:
+    library, _, kind = type(model).__module__.rpartition("torchvision.models.")
+    needs = _TAKEN_BY_TORCHVISION.get(kind.partition(".")[0]) if not library else None
+    suits = spec.data.kind is DataKind.TENSORS and not kind.startswith("detection.")
+    if spec.model.source is ModelSource.TORCHVISION and needs is not None and not suits:
+        raise InvalidSpec(f"{spec.model.name} takes {needs}", field="data.kind")
 
 
 def num_classes(model: torch.nn.Module) -> int | None:

@@ -287,6 +287,20 @@ def _torchvision(model: ModelSpec) -> torch.nn.Module:
 
 
 def _python(model: ModelSpec) -> torch.nn.Module:
+    try:
+        return _of_user(model)
+    except ModelError as error:
+        if _WITHOUT_OPERATORS not in error.message:
+            raise
+    _mend_torchvision()
+    return _of_user(model)
+
+
+_WITHOUT_OPERATORS = "operator torchvision::nms does not exist"
+"""What importing torchvision says that must be mended: only a user's code tells whether it does so."""
+
+
+def _of_user(model: ModelSpec) -> torch.nn.Module:
     target = import_target(model.name, field="model.target")
     _check_arguments(target, model.config, "model.args")
     return _built(model.name, lambda: target(**model.arguments()))
