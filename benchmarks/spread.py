@@ -130,10 +130,11 @@ def compare() -> None:
         seen: dict[str, list[int]] = {}
         for row in found:
             seen.setdefault(row["variation"], []).append(row["reserved"][-1] >> 20)
-        measured = ", ".join(f"{how} {len(sizes)}x {sorted({*sizes})}" for how, sizes in sorted(seen.items()))
+        each = ", ".join(f"{how} {len(sizes)}x {sorted({*sizes})}" for how, sizes in sorted(seen.items()))
+        measured = f"measured {each}" if each else "not measured"
         plain, warm = in_fork(partial(predict, name, axes, size), 600)["reserved"]
         label = " ".join(axes.values())
-        print(f"{name} {label} batch {size}: measured {measured}; predicted {plain}, after a kernel {warm}", flush=True)
+        print(f"{name} {label} batch {size}: {measured}; predicted {plain}, after a kernel {warm}", flush=True)
 
 
 def predict(name: str, axes: dict[str, str], size: int) -> dict[str, list[int]]:
