@@ -42,9 +42,9 @@ def make_batch(
 
 
 _TAKEN_BY_TORCHVISION = {
-    "detection": "boxes and labels of each image, which no kind of data has: wrap the model in one of your own (source: "
-    "python) whose forward makes them and returns the loss, with kind: tensors for the images, and probe it on a GPU: "
-    "which boxes match follows from values, so that it is not predicted",
+    "detection": "boxes and labels of each image, which no kind of data has: wrap the model in one of your own "
+    "(source: python) whose forward makes them and returns the loss, with kind: tensors for the images; probe it on a "
+    "GPU, since which boxes match follows from values, so that it is not predicted",
     "optical_flow": "two images and returns flows: use kind: tensors, and name a function of your own in train.loss",
     "video": "images [3, frames, height, width] and returns logits: use kind: tensors with the model's own names of "
     "its inputs, and name a function of your own in train.loss",
