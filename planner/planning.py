@@ -385,7 +385,8 @@ class _VariantWork:
                 steps = way.accumulation_steps if train.step is None else 1  # train.step accumulates itself
                 steps = steps if steps in runners else min(steps, TIMED_STEPS if self.is_measured else 2)
                 if steps not in runners:
-                    spec = replace(self.spec, train=replace(train, accumulation_steps=steps))
+                    # The target is made by all steps, these are a few: they need not divide it.
+                    spec = replace(self.spec, train=replace(train, accumulation_steps=steps, global_batch_size=None))
                     runners[steps] = spec, stack.enter_context(self._open(spec))
                 spec, accumulating = runners[steps]
                 ask = Ask(

@@ -83,6 +83,8 @@ def _leaking(plans: Sequence[Plan]) -> Iterator[str]:
 def _leak(plan: Plan) -> str:
     leak = plan.details["leak"]
     label, size = plan.variant.label(), format_bytes(leak["bytes_per_step"])
+    if leak.get("in_cycles"):
+        return f"{label} leaves {size} a step in reference cycles until Python's garbage collector runs"
     return f"{label} leaks {size} a step: memory runs out after about {leak['steps_left']} more steps"
 
 

@@ -12,6 +12,7 @@ from planner.choices import MAX_THRASHING
 from planner.endurance import leak_of
 from planner.errors import InvalidSpec, ModelError
 from planner.planning import plan_sweep
+from planner.specs.document import parse_spec, spec_document
 from planner.specs.model import Headroom, SearchSpec
 from planner.specs.variants import Compile, Parallelism, VariantAxes
 from planner.store import Store
@@ -50,6 +51,8 @@ class Gpu:
 
     def open(self, spec, variant, *, capacity_bytes=None):
         self.capacities.append(capacity_bytes or self.capacity_bytes)
+        if spec.train.accumulation_steps > 1:
+            parse_spec(spec_document(spec))  # as it reaches the process of a trial
         return Runner(self, spec, capacity_bytes or self.capacity_bytes)
 
     def sizes(self, steps=1):
@@ -239,7 +242,7 @@ def test_a_leak_is_reported_and_nothing_is_certified():
     plan = plan_of(Gpu(leak_bytes=12 * MIB), QUIET)
     left = (16 * GIB - 64 * SAMPLE) // (12 * MIB)
     assert plan.details["leak"] == {
-        "batch_size": 64, "bytes_per_step": 12 * MIB, "steps_left": left, "source": "measured",
+        "batch_size": 64, "bytes_per_step": 12 * MIB, "steps_left": left, "source": "measured", "in_cycles": False,
     }  # fmt: skip
     assert (plan.max_batch_size, plan.certified) == (64, False)
     assert any(note.startswith("a leak: at batch size 64 every step leaves 12.0 MiB more") for note in plan.notes)
@@ -271,6 +274,19 @@ def test_a_prediction_gives_the_largest_exact_micro_batch_and_no_speed():
     assert (answer["micro_batch_size"], answer["accumulation_steps"], answer["source"]) == (32, 16, "predicted")
     assert answer["samples_per_second"] is None
     assert gpu.sizes(steps=2) == [64, 32]
+
+
+@pytest.mark.parametrize(
+    ("target", "search", "way"),
+    [
+        (999, SearchSpec(multiple_of=3, speed=False), (27, 37)),
+        (512, SearchSpec(max_batch_size=40, speed=False), (32, 16)),
+    ],
+)
+def test_the_few_steps_that_are_tried_need_not_divide_the_global_batch_size(target, search, way):
+    for gpu in (Gpu(), Gpu(PREDICTED)):
+        answer = plan_of(gpu, search, target=target).details["accumulation"]
+        assert (answer["micro_batch_size"], answer["accumulation_steps"]) == way
 
 
 def test_a_global_batch_size_that_fits_at_once_needs_no_accumulation():
