@@ -3,7 +3,9 @@
     python benchmarks/accuracy.py [CASE...] [--file FILE...] [--jobs N] [--json FILE] [--predicted FILE]
 
 Prints each point, then the median and worst errors, how many largest batch sizes were exact, and how many measured
-figures lay inside their interval. ``--file`` takes those measurements alone, by their file's name (``unseen-2``).
+figures lay inside their interval. Where the gradient scaler is known to have skipped updates (``steps`` of a point: its
+factor after each), the peaks are those of a trace that skips the same; the interval knows nothing of it. ``--file``
+takes those measurements alone, by their file's name (``unseen-2``).
 ``--predicted`` predicts nothing: it takes what ``benchmarks/predict_peaks.py`` wrote before the measurement. Run from
 the repository's root; needs torch, transformers, timm and torchvision, and no GPU.
 """
@@ -13,13 +15,16 @@ from __future__ import annotations
 import argparse
 import functools
 import gzip
+import itertools
 import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+import unittest.mock
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,8 @@ DATA = Path("measurements/h200")
 TOTAL_BYTES = 150_109_880_320
 SMALL = 5
 MEASURED = ("peaks", "unseen-1", "unseen-2", "unseen-3", "unseen-4", "unseen-5", "unseen-6")
+FIRST_SCALE = 65_536.0
+"""A gradient scaler's factor before the first step."""
 TORCH_MEASURED = (2, 11)  # kernels are chosen as the torch of the measurements chose them
 
 
@@ -111,13 +118,19 @@ def evaluate(case: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for size, limit, measured in case["points"]:
         # A question about one small size is answered by a trace of it; larger ones hold the scaling to account too.
-        events = (family.traced if size <= SMALL else family.scaled)(size).events
+        skipped = skipped_steps(measured)
+        if skipped:
+            with skipping(skipped):
+                events = TraceFamily(trace).traced(size).events
+        else:
+            events = (family.traced if size <= SMALL else family.scaled)(size).events
         result = replay(events, AllocatorConfig(), limit, device_total_bytes=TOTAL_BYTES)
         needed = needed_bytes(size, limit or TOTAL_BYTES)
         rows.append(
             {
                 "batch_size": size,
                 "limit_bytes": limit,
+                "skipped": sorted(skipped),
                 "allocated": result.peak_allocated_bytes / measured["alloc"] - 1,
                 "reserved": result.peak_reserved_bytes / measured["reserved"] - 1,
                 "width": (needed["high_bytes"] - needed["low_bytes"]) / needed["bytes"],
@@ -140,6 +153,33 @@ def evaluate(case: dict[str, Any]) -> dict[str, Any]:
         )
     seconds = time.perf_counter() - start
     return {"case": case["case"], "variant": variant.label(), "rows": rows, "bounds": bounds, "seconds": seconds}
+
+
+def skipped_steps(measured: dict[str, Any]) -> set[int]:
+    """Numbers of the steps, from 1, after which the gradient scaler's factor was lower than before."""
+    factors = [FIRST_SCALE, *(factor for _, _, factor in measured.get("steps", ()) if factor is not None)]
+    return {number for number, (before, after) in enumerate(itertools.pairwise(factors), start=1) if after < before}
+
+
+@contextmanager
+def skipping(numbers: Collection[int]) -> Iterator[None]:
+    """Have gradient scalers leave out the updates of these steps of a trace, as where gradients overflow."""
+    from torch.amp.grad_scaler import GradScaler, OptState
+
+    from planner.virtual import tracing
+
+    step, count = GradScaler.step, itertools.count(1)
+
+    def maybe(scaler: GradScaler, optimizer: Any) -> Any:
+        if next(count) not in numbers:
+            return step(scaler, optimizer)
+        if scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+            scaler.unscale_(optimizer)
+        return None
+
+    copying = unittest.mock.patch.object(tracing, "repeat_last_step", return_value=False)
+    with unittest.mock.patch.object(GradScaler, "step", maybe), copying:
+        yield
 
 
 def foretold(case: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -234,6 +274,7 @@ def main() -> None:
                 f"  batch {row['batch_size']:4} {limit:8}"
                 f" allocated {row['allocated']:+9.3%} reserved {row['reserved']:+9.3%}"
                 f"  interval width {row['width']:6.1%} {'' if row['inside'] else 'OUTSIDE'}"
+                f"{' skipped ' + str(row['skipped']) if row.get('skipped') else ''}"
             )
         for bound in result.get("bounds", []):
             wrong = " WRONG FITS" * bound.get("wrong_fits", 0) + " WRONG OOM" * bound.get("wrong_oom", 0)

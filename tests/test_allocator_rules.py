@@ -448,7 +448,7 @@ def test_a_replay_loads_kernels_at_the_first_step_and_libraries_take_their_share
 
     addresses = Logged()
     sizes = [30 * MIB, 40 * MIB, 32 * MIB]
-    events = Events([0, 1, 2, ~1], sizes, steps=[(1, 4)], library_bytes={2: 64 * MIB})
+    events = Events([0, 1, 2, ~1], sizes, steps=[(1, 4)], library_bytes={2: 64 * MIB}, first_kernel=1)
     result = replay(events, addresses=addresses)
     assert addresses.calls == ["30", "kernels", "40", "library 64", "32"]
     assert (result.peak_reserved_bytes, result.num_steps) == (102 * MIB, 1)

@@ -99,8 +99,9 @@ def test_each_allocation_of_gpt2_is_the_recorded_one(process: Process) -> None:
     mine = Events(traced["events"], traced["sizes"])
     assert replay(mine).peak_allocated_bytes == run.peak_allocated_bytes
     assert replay(mine).peak_reserved_bytes == run.peak_reserved_bytes
-    same = (Counter(traced["sizes"]) & Counter(recorded.sizes)).total()
-    assert same >= 0.95 * max(len(traced["sizes"]), len(recorded.sizes))
+    taken = [size for size in traced["sizes"] if size]
+    same = (Counter(taken) & Counter(recorded.sizes)).total()
+    assert same >= 0.95 * max(len(taken), len(recorded.sizes))
 
 
 def _convolutional(case: str, precision: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -51,14 +51,12 @@ class Events:
     library_bytes: Mapping[int, int] = field(default_factory=dict)
     """What libraries take from the driver themselves before an event, by its index. It counts to no figure here, but
     lies among the segments."""
+    first_kernel: int = 0
+    """The event before which the driver loads the first kernel (``AddressSpace.load_kernels``): weights are copied and
+    random numbers drawn before it; 0 where that is not known."""
 
     def __len__(self) -> int:
         return len(self.order)
-
-    @property
-    def first_kernel(self) -> int:
-        """The event from which on kernels run: weights are copied before the first step; 0 where no step is known."""
-        return self.steps[0][0] if self.steps else 0
 
     def prepare(self, index: int, addresses: AddressSpace) -> None:
         """What the driver does before event ``index``, beside what the allocator asks of it."""

@@ -60,26 +60,40 @@ def _attend(
     if kernel == "cudnn":
         if attn_mask is not None:
             attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        return aten._scaled_dot_product_cudnn_attention(
-            query, key, value, attn_mask, needs_logsumexp, dropout_p, is_causal, False, scale=scale
-        )[0]
+        return _first(
+            aten._scaled_dot_product_cudnn_attention(
+                query, key, value, attn_mask, needs_logsumexp, dropout_p, is_causal, False, scale=scale
+            )
+        )
     if kernel == "flash":
         head_dim = query.shape[-1]
         scale = scale if scale is not None else head_dim**-0.5
         if head_dim % 8:
             query, key, value = (torch.nn.functional.pad(item, (0, 8 - head_dim % 8)) for item in (query, key, value))
-        out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        out = _first(
+            aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)
+        )
         return out[..., :head_dim] if head_dim % 8 else out
     if kernel == "efficient":
         if attn_mask is not None:
             attn_mask = _expand_mask(attn_mask, query, key)
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, needs_logsumexp, dropout_p, is_causal, scale=scale
-        )[0]
+        return _first(
+            aten._scaled_dot_product_efficient_attention(
+                query, key, value, attn_mask, needs_logsumexp, dropout_p, is_causal, scale=scale
+            )
+        )
     with _math:
         return aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
         )[0]
+
+
+def _first(results: Any) -> Any:
+    """The first of a kernel's results; C++ lets go of the others in their order (trace of eva02 with checkpointing)."""
+    first, *others = results
+    del results
+    others.reverse()  # a list lets go of its last item first
+    return first
 
 
 class _MathKernel:

@@ -128,12 +128,20 @@ def _cast_all(cache: WeightCache, arguments: Any, dtype: torch.dtype) -> Any:
     return arguments
 
 
+def _call_cast(cache: WeightCache, operator: Any, args: Any, kwargs: Any, dtype: torch.dtype) -> Any:
+    """``operator`` with its arguments cast, which are let go of from the first one on: C++ destroys what it made last
+    first (trace of wavlm with checkpointing)."""
+    named = {key: _cast_all(cache, value, dtype) for key, value in reversed(kwargs.items())}
+    casts = list(_cast_all(cache, args, dtype))
+    result = operator(*casts, **named)
+    casts.reverse()  # a list lets go of its last item first
+    return result
+
+
 def _lower_precision(operator: Any, cache: WeightCache) -> Any:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with _without_autocast():
-            dtype: torch.dtype = torch.get_autocast_dtype(NAME)
-            named = {key: _cast_all(cache, value, dtype) for key, value in reversed(kwargs.items())}
-            return operator(*_cast_all(cache, args, dtype), **named)
+            return _call_cast(cache, operator, args, kwargs, torch.get_autocast_dtype(NAME))
 
     return kernel
 
@@ -141,8 +149,7 @@ def _lower_precision(operator: Any, cache: WeightCache) -> Any:
 def _float32(operator: Any, cache: WeightCache) -> Any:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with _without_autocast():
-            named = {key: _cast_all(cache, value, torch.float32) for key, value in reversed(kwargs.items())}
-            return operator(*_cast_all(cache, args, torch.float32), **named)
+            return _call_cast(cache, operator, args, kwargs, torch.float32)
 
     return kernel
 
@@ -184,7 +191,6 @@ def _promote(operator: Any, cache: WeightCache) -> Any:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with _without_autocast():
             dtype = widest([*args, *kwargs.values()], torch.get_autocast_dtype(NAME))
-            named = {key: _cast_all(cache, value, dtype) for key, value in reversed(kwargs.items())}
-            return operator(*_cast_all(cache, args, dtype), **named)
+            return _call_cast(cache, operator, args, kwargs, dtype)
 
     return kernel

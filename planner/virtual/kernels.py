@@ -6,19 +6,19 @@ order matters little to the peak of allocated bytes, and much to which cached bl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from planner.units import MIB
-from planner.virtual import attention_kernels, convolution_kernels, ctc, index_kernels, recurrent_kernels
+from planner.virtual import attention_kernels, convolution_kernels, ctc, index_kernels, norm_kernels, recurrent_kernels
 from planner.virtual.architecture import Architecture
 from planner.virtual.reductions import partial_results
-from planner.virtual.rules import RULES, Call, Step, bytes_of, outputs, rule
+from planner.virtual.rules import RULES, Call, Step, bytes_of, copies, outputs, rule
 
 aten = torch.ops.aten
-_MODULES_OF_RULES = (attention_kernels, convolution_kernels, ctc, index_kernels, recurrent_kernels)
+_MODULES_OF_RULES = (attention_kernels, convolution_kernels, ctc, index_kernels, norm_kernels, recurrent_kernels)
 """Importing them declares their rules."""
 
 
@@ -155,22 +155,15 @@ def _dims(call: Call, position: int) -> tuple[int, ...]:
 
 
 @rule(
-    "native_layer_norm", "native_layer_norm_backward", "_softmax", "_log_softmax", "_log_softmax_backward_data",
+    "native_layer_norm", "_softmax", "_log_softmax", "_log_softmax_backward_data",
 )  # fmt: skip
 def _contiguous_inputs(call: Call, _: Architecture) -> Iterator[Step]:
     """Kernels that first copy an input which is not contiguous (``expect_contiguous``): recorded trace of whisper.
 
     aten/src/ATen/native/cuda/layer_norm_kernel.cu, SoftMax.cu.
     """
-    yield from _contiguous(call.args[:2])
+    yield from copies(call.args[:2])
     yield from outputs(call)
-
-
-def _contiguous(items: Sequence[Any]) -> Iterator[Step]:
-    """Copies of those tensors that are not contiguous."""
-    for item in items:
-        if isinstance(item, torch.Tensor) and not item.is_contiguous():
-            yield "temporary", bytes_of(item)
 
 
 @rule("_foreach_norm")
@@ -189,7 +182,7 @@ def _softmax_backward(call: Call, _: Architecture) -> Iterator[Step]:
     aten/src/ATen/native/cuda/SoftMax.cu; as large as the result (recorded calls)."""
     yield from outputs(call)
     yield "temporary", bytes_of(call.args[0])
-    yield from _contiguous(call.args[1:2])
+    yield from copies(call.args[1:2])
 
 
 @rule("_safe_softmax")
@@ -201,28 +194,6 @@ def _safe_softmax(call: Call, _: Architecture) -> Iterator[Step]:
     yield "temporary", tensor.numel()
     yield "temporary", tensor.numel() // max(1, tensor.shape[call.args[1]])
     yield "temporary", tensor.element_size()
-
-
-@rule("native_group_norm")
-def _group_norm(call: Call, _: Architecture) -> Iterator[Step]:
-    """Scale and shift of each channel of each sample in float32, and a contiguous copy: group_norm_kernel.cu and
-    group_norm.cpp of aten/src/ATen/native; recorded calls."""
-    yield from _contiguous(call.args[:1])
-    yield from outputs(call)
-    yield "temporary", 4 * call.args[3] * call.args[4]
-    yield "temporary", 4 * call.args[3] * call.args[4]
-
-
-@rule("native_group_norm_backward")
-def _group_norm_backward(call: Call, _: Architecture) -> Iterator[Step]:
-    """Sums for each channel of each sample, then factors for each group, in float32: group_norm_kernel.cu."""
-    yield from _contiguous(call.args[:2])
-    yield from outputs(call)
-    samples, channels, groups = call.args[5], call.args[6], call.args[8]
-    for count in (channels, channels, groups, groups, channels):
-        yield "temporary", 4 * samples * count
-    yield "free", 1
-    yield "free", 1
 
 
 @rule("mse_loss", "smooth_l1_loss", "huber_loss")
@@ -273,10 +244,10 @@ def _extreme_index(call: Call, architecture: Architecture) -> Iterator[Step]:
 def _im2col(call: Call, _: Architecture) -> Iterator[Step]:
     """The result begins in the input's size and is resized: aten/src/ATen/native/cuda/Im2Col.cu; recorded calls."""
     yield "temporary", bytes_of(call.args[0])
-    copies = list(_contiguous(call.args[:1]))
-    yield from copies
+    copied = list(copies(call.args[:1]))
+    yield from copied
     yield from outputs(call)
-    yield "free", len(copies)
+    yield "free", len(copied)
 
 
 @rule("col2im")
@@ -302,7 +273,7 @@ def _contiguous_after_output(call: Call, _: Architecture) -> Iterator[Step]:
     """Kernels that copy an input which is not contiguous once their result is there: recorded calls of channels-last
     images."""
     yield from outputs(call)
-    yield from _contiguous(call.args[:1])
+    yield from copies(call.args[:1])
 
 
 @rule("_grouped_mm")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from planner.virtual.backend import DISPATCH_KEY, library
+from planner.virtual.repeats import by_meta_kernel
 
 aten = torch.ops.aten
 
@@ -65,3 +66,10 @@ def _group_norm(
     return aten.native_group_norm(
         inputs.contiguous(), weight, bias, inputs.shape[0], inputs.shape[1], size, num_groups, eps
     )[0]
+
+
+def layer_norm_gradients(*args: Any) -> tuple[torch.Tensor | None, ...]:
+    """What ``native_layer_norm_backward`` returns: the input's gradient is contiguous, however the input lies
+    (``layer_norm_backward_cuda`` in aten/src/ATen/native/cuda/layer_norm_kernel.cu; trace of wav2vec2-bert)."""
+    inputs, *others = by_meta_kernel(aten.native_layer_norm_backward.default, *args)
+    return (None if inputs is None else inputs.contiguous(), *others)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.errors import ModelError
-from planner.virtual import assumptions, convolution_kernels, ctc, packing, recurrent, repeats, values
+from planner.virtual import assumptions, convolution_kernels, ctc, norms, packing, recurrent, repeats, values
 from planner.virtual.attention import adds_in_place
 from planner.virtual.backend import NAME
 from planner.virtual.fills import check_fill
@@ -84,7 +84,7 @@ _ONE_BY_ONE = [getattr(aten, f"_foreach_{name}").default for name in ("sqrt", "n
 _BY_META_KERNEL = [
     packet.default
     for name in """_log_softmax _safe_softmax _softmax _softmax_backward_data _to_copy addmm bmm mm native_dropout
-    native_dropout_backward native_layer_norm native_layer_norm_backward silu_backward slice_backward tanh_backward
+    native_dropout_backward native_layer_norm silu_backward slice_backward tanh_backward
     threshold_backward""".split()
     if (packet := getattr(aten, name, None)) is not None
 ]
@@ -140,6 +140,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _GROUPED_MM: _grouped_mm,
             aten.convolution.default: convolution_kernels.result,
             aten.convolution_backward.default: convolution_kernels.gradients,
+            aten.native_layer_norm_backward.default: norms.layer_norm_gradients,
             aten._cudnn_init_dropout_state.default: recurrent.dropout_state,
             aten._cudnn_rnn.default: functools.partial(recurrent.forward_outputs, kernels.architecture),
             aten._cudnn_rnn_backward.default: recurrent.backward_outputs,
@@ -149,6 +150,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         }
         self._convolutions: dict[tuple[Any, ...], int] = {}  # PyTorch keeps their plans for each thread
         self._main = threading.get_ident()
+        self._has_launched = False
+        self.is_stepping = False
+        """Whether weights are there and steps are taken: copying them launches no kernel."""
         self.in_optimizer = False
         """Whether an optimizer takes its step: what it reads scales its update, and no size follows from it."""
         self.in_own_step = False
@@ -283,6 +287,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         name, packet = operator.name, operator.packet
         trace = self.trace
+        if self._has_launched and not trace.first_kernel:  # what the first one takes is there before it is launched
+            trace.first_kernel = len(trace.events)
+        self._has_launched |= self.is_stepping and operator.launches
         owner = self.owners.enter_operator(in_optimizer=self.in_optimizer)
         sizes = [size for _, size in born]
         if seen is not None and seen.sizes == sizes:

@@ -59,3 +59,10 @@ def outputs(call: Call) -> Iterator[Step]:
 def bytes_of(tensor: torch.Tensor) -> int:
     """Bytes of its elements, contiguous."""
     return tensor.numel() * tensor.element_size()
+
+
+def copies(items: Sequence[Any]) -> Iterator[Step]:
+    """Copies of those tensors that are not contiguous."""
+    for item in items:
+        if isinstance(item, torch.Tensor) and not item.is_contiguous():
+            yield "temporary", bytes_of(item)

@@ -110,6 +110,8 @@ class Trace:
     """Whether half of what the last step left beyond what it found is for Python's garbage collector to free."""
     library_bytes: dict[int, int] = field(default_factory=dict)
     """As ``planner.allocator.Events`` has them."""
+    first_kernel: int = 0
+    """As ``planner.allocator.Events`` has it."""
     notes: list[str] = field(default_factory=list)
     """What was assumed, in sentences that the user must see."""
     owners: list[tuple[str, str]] = field(default_factory=lambda: [("", "")])

@@ -103,6 +103,7 @@ def trace_steps(
             recorder.trace.mark("move")
             training = Training(spec, variant, built.model, device)
             schedule = phases(spec, num_steps)
+            recorder.is_stepping = True
             with _followed(training, recorder):
                 for number, phase in enumerate(schedule):
                     # Only the last phases can be copies: one after a copy would go on from the step that was copied.
