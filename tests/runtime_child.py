@@ -12,12 +12,13 @@ from subprocess import PIPE
 from planner.errors import DeviceLost, InvalidSpec, ModelError
 from planner.processes import describe_exit
 from planner.runtime.zygote import Zygote
+from planner.specs.packing import unpacked
 
 THRESHOLD = 9
 
 
-def build(document):
-    if document["model"]["model_type"] == "bert":
+def build(spec_text):
+    if unpacked(spec_text).model.name == "bert":
         raise InvalidSpec("unknown key", field="model.config.n_layerz", suggestion="n_layer")
     return {"pid": os.getpid(), "trials": 0, "at": time.monotonic()}
 

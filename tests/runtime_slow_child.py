@@ -7,10 +7,10 @@ from planner.runtime.zygote import Zygote
 from tests.runtime_child import build, run_trial
 
 
-def build_slowly(document):
+def build_slowly(spec_text):
     while not os.path.exists(os.environ["GATE"]):  # noqa: PTH110
         time.sleep(0.01)
-    return build(document)
+    return build(spec_text)
 
 
 if __name__ == "__main__":

@@ -458,22 +458,30 @@ def test_tensors_have_the_range_that_the_spec_says() -> None:
 
 
 @pytest.mark.parametrize("looked_before", [False, True])
-def test_building_a_model_imports_no_library_for_generated_text(tmp_path: Path, looked_before: bool) -> None:
-    """scikit-learn takes seconds to import; the user's own code still finds it."""
-    (tmp_path / "sklearn").mkdir()
-    (tmp_path / "sklearn" / "__init__.py").write_text("")
-    (tmp_path / "sklearn" / "metrics.py").write_text("def roc_curve(): ...\n")
-    config = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64}
-    model = {"source": "transformers", "model_type": "gpt2", "task": "causal-lm", "config": config}
-    look = "import transformers.utils; transformers.utils.is_sklearn_available()\n" if looked_before else ""
+@pytest.mark.parametrize("task", ["causal-lm", "image-classification"])
+def test_building_a_model_imports_no_library_of_other_tasks(tmp_path: Path, task: str, looked_before: bool) -> None:
+    """They take seconds to import; the user's own code still finds them."""
+    for library, module in {"sklearn": "metrics", "scipy": "optimize", "torchaudio": "sound"}.items():
+        (tmp_path / library).mkdir()
+        (tmp_path / library / "__init__.py").write_text("")
+        (tmp_path / library / f"{module}.py").write_text("def roc_curve(): ...\ndef linear_sum_assignment(): ...\n")
+    small = {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8} if task == "image-classification" else {}
+    config = small or {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64}
+    model = {"source": "transformers", "model_type": "resnet" if small else "gpt2", "task": task, "config": config}
+    data = {"kind": "images", "size": 32, "classes": 2} if small else TOKENS
+    looks = "".join(f"transformers.utils.is_{name}_available();" for name in ("sklearn", "scipy", "torchaudio"))
     code = (
-        f"{look}import sys; from planner.specs.document import parse_spec; from planner.training import build_model\n"
-        f"build_model(parse_spec({ {'model': model, 'data': TOKENS, 'train': {'optimizer': 'adamw'}}!r}))\n"
-        "print('transformers.generation.candidate_generator' in sys.modules, 'sklearn' in sys.modules)\n"
-        "import sklearn.metrics; print(sklearn.__name__)\n"
+        f"import sys, transformers.utils; {looks if looked_before else ''}\n"
+        "from planner.specs.document import parse_spec; from planner.training import build_model\n"
+        f"build_model(parse_spec({ {'model': model, 'data': data, 'train': {'optimizer': 'adamw'}}!r}))\n"
+        "print(*sorted({'sklearn', 'scipy', 'torchaudio'} & sys.modules.keys()))\n"
+        "print(transformers.utils.is_scipy_available())\n"
+        "import sklearn.metrics, scipy.optimize; print(sklearn.__name__)\n"
     )
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["True", str(looked_before), "sklearn"]
+    imported, *others = done.stdout.splitlines()
+    assert imported.split() == ([] if task == "causal-lm" else ["scipy", "torchaudio"])
+    assert others == ["True", "sklearn"]

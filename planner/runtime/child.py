@@ -17,8 +17,8 @@ from typing import Any
 from planner.errors import DeviceUnavailable, ModelError
 from planner.runtime.ranks import run_ranks
 from planner.runtime.zygote import Zygote
-from planner.specs.document import parse_spec, spec_document
 from planner.specs.model import Spec
+from planner.specs.packing import packed, unpacked
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Built:
     """In a fork: its ``TrialProcess``."""
 
 
-def build(document: Mapping[str, Any]) -> Built:
+def build(spec_text: str) -> Built:
     """Import torch and the modelling library and build the model.
 
     Raises ``DeviceUnavailable`` for a torch without CUDA, and what ``planner.training.build_model`` raises.
@@ -48,9 +48,11 @@ def build(document: Mapping[str, Any]) -> Built:
 
     importlib.import_module("planner.runtime.trial")
     from planner.training import build_model
+    from planner.training.repeated_draws import repeated_draws
 
-    spec = parse_spec(document)
-    model = build_model(spec)
+    spec = unpacked(spec_text)
+    with repeated_draws():
+        model = build_model(spec)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise ModelError(
             "the model uses the GPU while it is built; build it on the CPU, it is moved later", field="model"
@@ -65,11 +67,10 @@ def run_trial(built: Built, *, gpu_uuids: Sequence[str], **request: Any) -> Mapp
     if len(gpu_uuids) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu_uuids)
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where this process found the user's code
-        document = spec_document(built.spec)
         return run_ranks(
             ["-m", "planner.runtime.rank"],
             len(gpu_uuids),
-            {**request, "document": document, "gpu_uuids": list(gpu_uuids)},
+            {**request, "spec": packed(built.spec), "gpu_uuids": list(gpu_uuids)},
         )
     request["gpu_uuid"] = gpu_uuids[0]
     if built.process is None:

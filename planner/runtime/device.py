@@ -18,8 +18,8 @@ from planner.gpus import Gpu, default_capacity_bytes
 from planner.local_gpus import LocalGpu
 from planner.processes import Child, ChildError, kill_all
 from planner.runtime.card import Held, wait_until_idle
-from planner.specs.document import spec_document
 from planner.specs.model import Spec
+from planner.specs.packing import packed
 from planner.specs.variants import Variant
 from planner.trials import Environment, Outcome, Peaks, Source, Trial
 
@@ -94,7 +94,7 @@ class LocalDevice:
             # By its UUID, whatever order CUDA counts in; the trial then sees one GPU.
             child = Child.start(self._child_module, env={"CUDA_VISIBLE_DEVICES": self.local.uuid}, import_cwd=True)
             self._preloaded[_build_key(spec)] = child
-            child.send({"do": "open", "spec": spec_document(spec)})
+            child.send({"do": "open", "spec": packed(spec)})
             self._is_opening = True
 
     def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> LocalRunner:

@@ -23,10 +23,10 @@ from planner.trials import Outcome
 def run_rank(rank: int, request: dict[str, Any]) -> Mapping[str, Any]:
     """This rank's part of the trial: NCCL's process group, and the steps that all ranks agree on.
 
-    ``request``: ``document`` (the spec), ``gpu_uuids`` by rank, and the arguments of ``TrialProcess.run``.
+    ``request``: ``spec`` (packed), ``gpu_uuids`` by rank, and the arguments of ``TrialProcess.run``.
     """
-    document, uuids = request.pop("document"), request.pop("gpu_uuids")
-    built = build(document)
+    spec_text, uuids = request.pop("spec"), request.pop("gpu_uuids")
+    built = build(spec_text)
 
     def join() -> None:
         # With a device it connects at once, so that NCCL's memory is there before the first step.

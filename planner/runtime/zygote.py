@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from planner.forks import Fork, adopt_orphans
+from planner.forks import Fork, adopt_orphans, shared_with_forks
 from planner.processes import InternalError, answer, serve
 
-Build = Callable[[Mapping[str, Any]], Any]
-"""Of a spec document: whatever the trials need, ready in memory."""
+Build = Callable[[str], Any]
+"""Of a packed spec: whatever the trials need, ready in memory."""
 RunTrial = Callable[..., Mapping[str, Any]]
 """Of what was built and the request's own fields: the trial's result as JSON data. Its ``warm``, taken out again, says
 whether the process is as good as new for the next trial of the same variant."""
@@ -29,9 +29,10 @@ class Zygote:
         self._warm: Fork | None = None
         self._warm_for: Any = None
 
-    def open(self, *, spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    def open(self, *, spec: str) -> Mapping[str, Any]:
         adopt_orphans()
-        self._built = self._build(spec)
+        with shared_with_forks():
+            self._built = self._build(spec)
         return {}
 
     def trial(self, *, timeout_s: float, fresh: bool, **request: Any) -> Mapping[str, Any]:

@@ -126,10 +126,20 @@ def _parameters(target: Any) -> set[str]:
     return {item.name for item in parameters if item.kind in (item.KEYWORD_ONLY, item.POSITIONAL_OR_KEYWORD)}
 
 
+_TEXT_TASKS = frozenset(
+    {
+        "causal-lm", "masked-lm", "multiple-choice", "next-sentence-prediction", "question-answering", "seq2seq-lm",
+        "sequence-classification", "text-encoding", "token-classification",
+    }
+)  # fmt: skip
+
+
 def _transformers(model: ModelSpec) -> torch.nn.Module:
     transformers = _require("transformers")
     transformers.logging.set_verbosity_error()
-    with _without_sklearn():
+    with _hidden_from_transformers(("sklearn", "scipy", "torchaudio") if model.task in _TEXT_TASKS else ("sklearn",)):
+        for shared in ("modeling_utils", "processing_utils"):
+            importlib.import_module(f"transformers.{shared}")
         config = transformers_config(model)
         auto = getattr(transformers, AUTO_CLASSES[model.task or ""], None)
     if auto is None:
@@ -153,25 +163,35 @@ def _transformers(model: ModelSpec) -> torch.nn.Module:
 
 
 @contextlib.contextmanager
-def _without_sklearn() -> Iterator[None]:
-    """Have transformers not find scikit-learn while its first config or class is imported: that imports text
-    generation, and this scikit-learn where it is installed (generation/candidate_generator.py).
+def _hidden_from_transformers(libraries: Sequence[str]) -> Iterator[None]:
+    """Have transformers not find these libraries while it imports what all its models share: text generation
+    (scikit-learn), the losses of object detection (scipy), sound (torchaudio).
 
-    *Measured*, on a machine with an H200 (``python -X importtime -c "import transformers.models.auto.modeling_auto"``):
-    six seconds, and no training step needs it.
+    They take seconds to import on a slow machine, and no training step of a text model needs them. What the model's own
+    module looks for, it finds.
     """
     modules: dict[str, Any] = sys.modules
-    if "sklearn" in modules:
-        yield
-        return
-    modules["sklearn"] = None  # what importlib.util.find_spec takes for "not there"
-    if _require("transformers").utils.is_sklearn_available():  # it had looked before
-        del modules["sklearn"]
+    known = _require("transformers").utils.import_utils
+
+    def forget(library: str) -> Callable[[], bool]:
+        """Whether it is there is looked up anew."""
+        is_available: Any = getattr(known, f"is_{library}_available")
+        getattr(is_available, "cache_clear", lambda: None)()
+        found: Callable[[], bool] = is_available
+        return found
+
+    hidden = [library for library in libraries if library not in modules]
+    for library in hidden:
+        modules[library] = None  # what importlib.util.find_spec takes for "not there"
+        if forget(library)():  # it knows better
+            del modules[library]
     try:
         yield
     finally:
-        if "sklearn" in modules and modules["sklearn"] is None:
-            del modules["sklearn"]
+        for library in hidden:
+            if library in modules and modules[library] is None:
+                del modules[library]
+            forget(library)
 
 
 def transformers_config(model: ModelSpec) -> Any:

@@ -6,7 +6,6 @@ and spec. It computes on one thread and runs no backward pass: threads do not su
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 from collections.abc import Mapping
@@ -15,10 +14,10 @@ from typing import Any
 
 from planner.allocator import parse_conf
 from planner.errors import InvalidArgument, ModelError, PlannerError, place, raised
-from planner.forks import adopt_orphans
+from planner.forks import adopt_orphans, shared_with_forks
 from planner.processes import serve
-from planner.specs.document import parse_spec
 from planner.specs.model import Spec
+from planner.specs.packing import unpacked
 from planner.specs.variants import Variant
 from planner.virtual.explanation import explain
 from planner.virtual.forked import ForkedTracer
@@ -46,26 +45,26 @@ class Predictor:
         self._families: dict[str, TraceFamily] = {}
         self._replays = KeptReplays()
 
-    def open(self, *, spec: Mapping[str, Any], compute_capability: list[int], num_sms: int) -> Mapping[str, Any]:
+    def open(self, *, spec: str, compute_capability: list[int], num_sms: int) -> Mapping[str, Any]:
         """Import torch and the model's library and build the model. Nothing is traced yet."""
+        adopt_orphans()
+        with shared_with_forks():
+            self._build(unpacked(spec), (compute_capability[0], compute_capability[1]), num_sms)
+        return {}
+
+    def _build(self, spec: Spec, compute_capability: tuple[int, int], num_sms: int) -> None:
         import torch
 
         from planner.virtual.architecture import Architecture
         from planner.virtual.tracing import build
 
-        adopt_orphans()
         torch.set_num_threads(1)
         major, minor = torch.__version__.split(".")[:2]
         self._architecture = Architecture(
-            compute_capability=(compute_capability[0], compute_capability[1]),
-            num_sms=num_sms,
-            torch_version=(int(major), int(minor)),
+            compute_capability=compute_capability, num_sms=num_sms, torch_version=(int(major), int(minor))
         )
-        self._spec = parse_spec(spec)
-        self._built = build(self._spec, self._architecture)
-        gc.collect()
-        gc.freeze()  # what was built so far is shared with the forks, unless the collector touches it
-        return {}
+        self._spec = spec
+        self._built = build(spec, self._architecture)
 
     def trial(
         self,

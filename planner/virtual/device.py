@@ -17,8 +17,8 @@ from planner.environment import allocator_conf, predicted_environment, torch_bui
 from planner.errors import DeviceUnavailable, ModelError
 from planner.gpus import Gpu
 from planner.processes import Child, ChildDied, describe_exit, kill_all
-from planner.specs.document import spec_document
 from planner.specs.model import Spec
+from planner.specs.packing import packed
 from planner.specs.variants import DEFAULT, Variant
 from planner.trials import Environment, Interval, Outcome, Peaks, Source, Trial
 
@@ -80,7 +80,7 @@ class VirtualDevice:
             child = Child.start("planner.virtual.child", env=_ENVIRONMENT, import_cwd=True)
             request = {
                 "do": "open",
-                "spec": spec_document(spec),
+                "spec": packed(spec),
                 "compute_capability": list(self.gpu.compute_capability),
                 "num_sms": self.gpu.num_sms,
             }
