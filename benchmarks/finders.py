@@ -162,6 +162,20 @@ def report(results: list[dict[str, Any]]) -> None:
             f"{result.get('answer_runs') or '-':>5} {result.get('next_runs') or '-':>6} "
             f"{ratio('num_trials'):>12} {ratio('search_s'):>16} {ratio('wall_s'):>16}"
         )
+    compare_sweep(results)
+
+
+def compare_sweep(results: list[dict[str, Any]]) -> None:
+    """The sweep beside Lightning's binary search for one of its six variants, run twice."""
+    found = {(result["case"], result["finder"]): result for result in results if "error" not in result}
+    sweep, search = found.get(("sweep", "planner")), found.get(("gpt2", "lightning-binsearch"))
+    if sweep is None or search is None:
+        return
+    for what, seconds in (("processes", search["wall_s"]), ("searches alone", search["search_s"])):
+        print(
+            f"sweep: a process of {sweep['wall_s']:.1f} s, two of Lightning's {what} {2 * seconds:.1f} s: "
+            f"{sweep['wall_s'] / (2 * seconds):.2f}x"
+        )
 
 
 def ours(spec: Spec, capacity_bytes: int) -> dict[str, Any]:
@@ -195,6 +209,7 @@ def ours(spec: Spec, capacity_bytes: int) -> dict[str, Any]:
                      "duration_s": round(trial.duration_s, 3),
                      "step_times_s": [round(s, 3) for s in trial.step_times_s],
                      "timings": trial.details.get("timings"), "fresh_process": trial.fresh_process,
+                     "started_ahead": trial.details.get("started_ahead", False),
                      "peak_reserved_bytes": trial.peaks and trial.peaks.reserved_bytes,
                      "peak_device_bytes": trial.peaks and trial.peaks.device_bytes,
                      "context_bytes": trial.details.get("context_bytes")}

@@ -110,6 +110,10 @@ class Device(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """No trial is coming: give back what is held for one."""
+        ...
+
     def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> TrialRunner:
         """``capacity_bytes``: less than that of the device, for the trials of this runner."""
         ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import json
 import math
@@ -15,6 +16,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -153,6 +155,38 @@ class Fork:
                 self._timed_out = True
                 return
             time.sleep(0.01)
+
+
+class Latch:
+    """Closed for a fork that is busy until it opens it, or dies: the kernel's lock of an open file (flock(2)). Made
+    before the forks that use it, so that all have it."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - for the life of this process
+
+    def _opened(self) -> int:
+        # Anew: a lock belongs to an open file, and forks share those that they inherit.
+        return os.open(f"/proc/self/fd/{self._file.fileno()}", os.O_RDWR)
+
+    def close(self) -> int | None:
+        """A descriptor that keeps it closed until every copy of it is; ``None`` where it is closed already."""
+        descriptor = self._opened()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until it is open; whether it is."""
+        deadline = time.monotonic() + timeout_s
+        while (descriptor := self.close()) is None:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.002)
+        os.close(descriptor)
+        return True
 
 
 def _serve_and_leave(work: Work, requests: int, replies: int) -> NoReturn:

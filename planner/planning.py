@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -77,7 +77,7 @@ def plan_sweep(
     environment = device.environment(spec)
     listener(SweepStarted(variants=variants))
     plans: list[Plan] = []
-    with Ahead[Variant, Plan]() as ahead:
+    with Ahead[Variant, Plan]() as ahead, _resting(device):
         for index, variant in enumerate(variants):
             if should_stop():
                 return tuple(plans)
@@ -99,6 +99,15 @@ def plan_sweep(
             listener(VariantFinished(plan=plan, index=index))
     listener(SweepFinished(plans=tuple(plans)))
     return tuple(plans)
+
+
+@contextlib.contextmanager
+def _resting(device: Device) -> Iterator[None]:
+    """However a sweep ends, its device holds nothing for another trial."""
+    try:
+        yield
+    finally:
+        device.rest()
 
 
 @dataclass(slots=True)

@@ -75,6 +75,8 @@ class ThresholdDevice:
 
     def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None: ...
 
+    def rest(self) -> None: ...
+
     def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> ThresholdRunner:
         return ThresholdRunner(self)
 

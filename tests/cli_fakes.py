@@ -60,6 +60,8 @@ class Card:
 
     def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None: ...
 
+    def rest(self) -> None: ...
+
     def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> CardRunner:
         return CardRunner(self, variant)
 

@@ -60,12 +60,16 @@ class ThresholdDevice:
         self.script = {key: list(value) for key, value in (script or {}).items()}
         self.runs: list[tuple[Variant, int, bool]] = []
         self.num_open = 0
+        self.num_rests = 0
         self.prepared: list[tuple[Variant, ...]] = []
 
     limit = None
 
     def prepare(self, spec, variants):
         self.prepared.append(tuple(variants))
+
+    def rest(self):
+        self.num_rests += 1
 
     def environment(self, spec):
         return make_environment(self.source)

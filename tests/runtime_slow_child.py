@@ -4,7 +4,7 @@ import os
 import time
 
 from planner.runtime.zygote import Zygote
-from tests.runtime_child import build, run_trial
+from tests.runtime_child import build, run_trial, start
 
 
 def build_slowly(spec_text):
@@ -14,4 +14,4 @@ def build_slowly(spec_text):
 
 
 if __name__ == "__main__":
-    Zygote(build_slowly, run_trial).serve()
+    Zygote(build_slowly, start, run_trial).serve()

@@ -14,7 +14,7 @@ from planner.processes import ChildDied
 from planner.runtime.inventory import kernels_for
 from tests import environment_fakes
 from tests.environment_fakes import Card
-from tests.test_runtime import FakeNvml
+from tests.runtime_fakes import FakeNvml
 
 H200 = {
     "torch": "2.11.0+cu130", "cuda": "13.0", "cudnn": "9.19.0", "nccl": "2.28.9", "triton": "3.6.0",

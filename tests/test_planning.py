@@ -1,5 +1,6 @@
 """A sweep over a device: what it answers, what it stores and when, and what stops it."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -110,6 +111,14 @@ def test_a_measured_plan_does_without_an_explanation_where_there_is_none():
     for device in (ThresholdDevice(9), ThresholdDevice(9, source=PREDICTED)):
         (plan,) = plan_sweep(make_spec(), device)
         assert (plan.max_batch_size, plan_dict(plan)["explanation"]) == (9, None)
+
+
+@pytest.mark.parametrize("error", [None, DeviceLost("gone"), KeyboardInterrupt()])
+def test_however_a_sweep_ends_its_device_holds_nothing_more(error):
+    device = ThresholdDevice(9, script={(FP32, 1): [error]} if error else None)
+    with contextlib.suppress(DeviceLost, KeyboardInterrupt):
+        plan_sweep(make_spec(), device)
+    assert device.num_rests == 1
 
 
 def test_nothing_is_prepared_for_a_stored_answer():

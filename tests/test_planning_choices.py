@@ -46,6 +46,8 @@ class Gpu:
 
     def prepare(self, spec, variants): ...
 
+    def rest(self): ...
+
     def environment(self, spec):
         return make_environment(self.source)
 

@@ -3,9 +3,7 @@
 import gc
 import os
 import time
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
-from typing import ClassVar
+from dataclasses import replace
 
 import pytest
 
@@ -22,55 +20,14 @@ from planner.trials import Outcome, PlanStatus, Source
 from planner.units import GIB, MIB
 from tests import environment_fakes
 from tests.planning_fakes import BF16, FP32, make_spec
+from tests.runtime_fakes import UUID, FakeNvml, fake_nvml, local_devices
 from tests.test_processes import gone
-
-UUID = "GPU-1"
-
-
-class NotFound(environment_fakes.FakeNvmlError):
-    pass
-
-
-@dataclass
-class FakeNvml(environment_fakes.FakeNvml):
-    """With the calls that tell who uses a card. ``busy`` is taken from its front at every look, the last one stays."""
-
-    busy: list[tuple[list[int], int]] = field(default_factory=lambda: [([], 0)])
-    error: Exception | None = None
-    NVMLError_GpuIsLost: ClassVar[type[Exception]] = type("GpuIsLost", (environment_fakes.FakeNvmlError,), {})
-    NVMLError_NotFound: ClassVar[type[Exception]] = NotFound
-    NVMLError_ResetRequired: ClassVar[type[Exception]] = type("Reset", (environment_fakes.FakeNvmlError,), {})
-
-    def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
-        for card in self.cards:
-            if card.uuid == uuid:
-                return card
-        raise NotFound("Not Found")
-
-    def nvmlDeviceGetComputeRunningProcesses(self, card):  # noqa: N802
-        if self.error:
-            raise self.error
-        pids, card.used_mib = self.busy.pop(0) if len(self.busy) > 1 else self.busy[0]
-        return [SimpleNamespace(pid=pid) for pid in pids]
-
-
-def fake_nvml(**changes):
-    return FakeNvml(cards=[environment_fakes.Card(UUID)], **changes)
 
 
 @pytest.fixture
 def make_device():
-    made = []
-
-    def make(**changes):
-        (local,) = local_gpus({}, fake_nvml())
-        given = {"child_module": "tests.runtime_child", "wait_idle": lambda *_: None, "trial_timeout_s": 20}
-        made.append(LocalDevice(local, 16 * GIB, **{**given, **changes}))
-        return made[-1]
-
-    yield make
-    for device in made:
-        device.close()
+    with local_devices() as make:
+        yield make
 
 
 def test_a_smaller_card_has_less_left_beside_nccl():
@@ -117,7 +74,7 @@ def test_trials_that_need_not_be_fresh_share_a_warm_process(make_device):
     assert [trial.fresh_process for trial in trials] == [True, False, False, True, True]
     assert len({found["pid"] for found in details}) == 3
     warm = Held(pids=(details[0]["pid"], 4242), bytes=7)  # the ids that the driver knows it by too
-    assert seen == [Held(), warm, warm, Held(), Held()]
+    assert seen == [Held(), warm, warm, Held(), Held(pids=(details[4]["pid"],), bytes=5)]  # the last: begun ahead
     assert all(gone(found["pid"]) for found in details)  # the last one with its runner
 
 

@@ -21,6 +21,7 @@ SPEC = {
 }
 VARIANT = {"precision": "fp32", "checkpointing": "none", "compile": "off"}
 CONTEXT_BYTES = 500 * MIB
+LISTED_BYTES = CONTEXT_BYTES - 9 * MIB
 
 
 @dataclass
@@ -29,6 +30,10 @@ class FakeCard:
 
     used: int = 0
     pids: list[int] = field(default_factory=list)
+    listed: int = LISTED_BYTES
+    """What the driver lists for this process."""
+    limits: list[int] = field(default_factory=list)
+    """Of the caching allocator, in the order in which they were set."""
 
     def used_bytes(self):
         return self.used
@@ -38,6 +43,9 @@ class FakeCard:
 
     def compute_processes(self):
         return list(self.pids)
+
+    def process_bytes(self):
+        return {pid: self.listed if pid == os.getpid() else None for pid in self.pids}
 
     def __enter__(self):
         return self
@@ -56,7 +64,8 @@ def card(monkeypatch):
         before, others = card.used, card.compute_processes()
         card.used += CONTEXT_BYTES
         card.pids.append(os.getpid())
-        return Context(torch.device("cpu"), CONTEXT_BYTES, 0, before, {}, (os.getpid(),), tuple(others))
+        device = torch.device("cpu")
+        return Context(device, CONTEXT_BYTES, 0, before, {}, (os.getpid(),), tuple(others), card.listed)
 
     monkeypatch.setattr(trial.Card, "open", lambda uuid: card)
     monkeypatch.setattr(trial.Context, "start", start)
@@ -72,6 +81,7 @@ def card(monkeypatch):
         "empty_cache": lambda: None,
     }.items():
         monkeypatch.setattr(context.torch.cuda, name, value)
+    monkeypatch.setattr(context, "_limit", lambda device, capacity_bytes: card.limits.append(capacity_bytes))
     monkeypatch.setattr(context.torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     return card
 
@@ -82,7 +92,8 @@ def process():
     return TrialProcess(spec, build_model(spec))
 
 
-REQUEST = {"variant": VARIANT, "capacity_bytes": GIB, "gpu_uuid": "GPU-1", "accumulation_steps": 1}
+START = {"variant": VARIANT, "capacity_bytes": GIB, "gpu_uuid": "GPU-1"}
+REQUEST = START | {"accumulation_steps": 1}
 
 
 def test_a_trial_alone(card, process):
@@ -91,6 +102,46 @@ def test_a_trial_alone(card, process):
     assert result["peaks"]["device_bytes"] == CONTEXT_BYTES
     assert result["details"]["context_bytes"] == CONTEXT_BYTES
     assert set(result["details"]["timings"]) == {"context_s", "move_s", "steps_s"}
+
+
+def test_what_was_started_beside_another_trial_is_measured_when_that_has_gone(card, process):
+    card.used, card.pids = 40 * GIB, [77]  # the trial before
+    started = process.start(**START, used_before_bytes=None)
+    assert started["listed_bytes"] == LISTED_BYTES
+    card.used, card.pids = MIB + CONTEXT_BYTES, [os.getpid()]  # it has gone
+    assert process.start(**{**START, "capacity_bytes": 2 * GIB}, used_before_bytes=MIB)["used_before_bytes"] == MIB
+    card.pids.append(79)  # somebody else
+    result = process.run(**REQUEST, batch_size=4, keep=False)
+    assert (result["details"]["context_bytes"], result["details"]["used_before_bytes"]) == (CONTEXT_BYTES, MIB)
+    assert card.limits == [2 * GIB]
+    assert (result["outcome"], "(79)" in result["error"]) == ("failed", True)
+
+
+def test_what_a_process_beside_takes_is_not_the_trials_own(card, process):
+    process.start(**START, used_before_bytes=None)
+
+    def settle():
+        card.used += 600 * MIB
+        card.pids.append(78)
+        card.listed += 100 * MIB  # the trial's own
+        return True
+
+    result = process.run(**REQUEST, batch_size=4, keep=False, beside=78, settle=settle)
+    assert (result["outcome"], result["peaks"]["device_bytes"]) == ("fits", CONTEXT_BYTES + 100 * MIB)
+    assert set(result["details"]["timings"]) == {"context_s", "move_s", "settle_s", "steps_s"}
+
+
+def test_a_stranger_beside_makes_the_trial_fail_though_a_process_of_ours_was_begun(card, process):
+    result = process.run(
+        **REQUEST, batch_size=4, keep=False, beside=78, settle=lambda: card.pids.extend([78, 79]) or True
+    )
+    assert (result["outcome"], "(79)" in result["error"]) == ("failed", True)
+
+
+def test_no_step_is_taken_beside_a_process_that_does_not_settle(card, process):
+    result = process.run(**REQUEST, batch_size=4, keep=False, beside=78, settle=lambda: False)
+    assert (result["outcome"], result["step_times_s"]) == ("failed", [])
+    assert "begun beside this one" in result["error"]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner.errors import DeviceUnavailable, ModelError
 from planner.runtime.ranks import run_ranks
@@ -20,14 +20,17 @@ from planner.runtime.zygote import Zygote
 from planner.specs.model import Spec
 from planner.specs.packing import packed, unpacked
 
+if TYPE_CHECKING:
+    from planner.runtime.trial import TrialProcess
+
 
 @dataclass(slots=True)
 class Built:
     spec: Spec
     model: Any
     """A ``torch.nn.Module`` on the CPU. A trial may change it: it has a copy of the whole process."""
-    process: Any = None
-    """In a fork: its ``TrialProcess``."""
+    process: TrialProcess | None = None
+    """In a fork."""
 
 
 def build(spec_text: str) -> Built:
@@ -60,10 +63,25 @@ def build(spec_text: str) -> Built:
     return Built(spec, model)
 
 
-def run_trial(built: Built, *, gpu_uuids: Sequence[str], **request: Any) -> Mapping[str, Any]:
-    """In a fork: the trial on ``gpu_uuids``; with several of them by ranks, which are processes of their own."""
-    from planner.runtime.trial import TrialProcess
+def start(
+    built: Built,
+    *,
+    variant: Mapping[str, Any],
+    capacity_bytes: int,
+    gpu_uuids: Sequence[str],
+    used_before_bytes: int | None,
+    **of_the_trial: Any,
+) -> Mapping[str, Any]:
+    """In a fork: start CUDA on the one GPU (``TrialProcess.start``)."""
+    return _process(built).start(
+        variant=variant, capacity_bytes=capacity_bytes, gpu_uuid=gpu_uuids[0], used_before_bytes=used_before_bytes
+    )
 
+
+def run_trial(
+    built: Built, *, gpu_uuids: Sequence[str], settle: Callable[[], bool], **request: Any
+) -> Mapping[str, Any]:
+    """In a fork: the trial on ``gpu_uuids``; with several of them by ranks, which are processes of their own."""
     if len(gpu_uuids) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu_uuids)
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where this process found the user's code
@@ -72,16 +90,20 @@ def run_trial(built: Built, *, gpu_uuids: Sequence[str], **request: Any) -> Mapp
             len(gpu_uuids),
             {**request, "spec": packed(built.spec), "gpu_uuids": list(gpu_uuids)},
         )
-    request["gpu_uuid"] = gpu_uuids[0]
+    return _process(built).run(gpu_uuid=gpu_uuids[0], settle=settle, **request)
+
+
+def _process(built: Built) -> TrialProcess:
+    from planner.runtime.trial import TrialProcess
+
     if built.process is None:
         built.process = TrialProcess(built.spec, built.model)
-    result: Mapping[str, Any] = built.process.run(**request)
-    return result
+    return built.process
 
 
 def main() -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    Zygote(build, run_trial).serve()
+    Zygote(build, start, run_trial).serve()
 
 
 if __name__ == "__main__":

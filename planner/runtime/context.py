@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -21,7 +22,7 @@ class Context:
 
     device: torch.device
     context_bytes: int
-    """Of the CUDA context itself, on the whole device."""
+    """Of the CUDA context itself, on the whole device; means nothing while it is not ``alone``."""
     communicator_bytes: int
     """What joining the other ranks took beside it: NCCL's buffers; 0 for a trial on one GPU."""
     used_before_bytes: int
@@ -32,6 +33,9 @@ class Context:
     """By which ids the driver lists this process: not this process's own in every container; empty in some."""
     others: tuple[int, ...]
     """Processes that were there before."""
+    listed_bytes: int | None
+    """Of the context, as the driver lists them for this process; ``None`` where it lists this process by another id, or
+    others came with it."""
     _held_by_model: tuple[int, int] | None = None
     """Bytes allocated and reserved once the first trial's model had been moved."""
 
@@ -50,8 +54,7 @@ class Context:
             torch.cuda.init()  # type: ignore[no-untyped-call]
             device = torch.device("cuda", device_index)
             torch.cuda.set_device(device)
-            total_bytes = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(memory_fraction(capacity_bytes, total_bytes), device)
+            _limit(device, capacity_bytes)
             # The context exists from the first tensor on. No kernel here: one that runs before the weights come changes
             # where the driver places them, and by that what a step reserves (``planner.allocator.driver``).
             torch.empty(1, device=device)
@@ -62,24 +65,46 @@ class Context:
         context_bytes = card.used_bytes() - used_before_bytes
         if join is not None:
             join()
+        pids = tuple(pid for pid in card.compute_processes() if pid not in others)
         return cls(
             device=device,
             context_bytes=context_bytes,
             communicator_bytes=0 if join is None else card.used_bytes() - used_before_bytes - context_bytes,
             used_before_bytes=used_before_bytes,
             system={**_libraries(device), **asdict(card.settings())},
-            pids=tuple(pid for pid in card.compute_processes() if pid not in others),
+            pids=pids,
             others=tuple(others),
+            listed_bytes=card.process_bytes().get(os.getpid()) if pids == (os.getpid(),) else None,
         )
+
+    def alone(self, card: Card, used_before_bytes: int, capacity_bytes: int) -> None:
+        """The trial beside which it was started has gone: measure what could not be told then. ``used_before_bytes``
+        were in use on the device before any process of ours was there."""
+        _limit(self.device, capacity_bytes)
+        self.used_before_bytes = used_before_bytes
+        self.context_bytes = card.used_bytes() - used_before_bytes
+        self.others = tuple(pid for pid in card.compute_processes() if pid not in self.pids)
 
     def begin(self) -> None:
         """Count peaks and retries from here on."""
         torch.cuda.reset_peak_memory_stats(self.device)
         torch.cuda.reset_accumulated_memory_stats(self.device)
 
-    def strangers(self, card: Card) -> tuple[int, ...]:
-        """Processes that came to the GPU since: what is measured beside them is not the trial's own."""
-        return tuple(sorted({*card.compute_processes()} - {*self.pids, *self.others}))
+    def strangers(self, card: Card, beside: int | None = None) -> tuple[int, ...]:
+        """Processes that came to the GPU since, but for ours ``beside``: what is measured beside them is not the
+        trial's own."""
+        return tuple(sorted({*card.compute_processes()} - {*self.pids, *self.others, beside}))
+
+    def device_bytes(self, card: Card, beside: int | None = None) -> int:
+        """In use on the device, without what a process of ours ``beside`` holds.
+
+        The driver lists for each process all but a constant of what it adds to the device. *Measured* on an H200:
+        8.8 MiB less than the device shows where it is alone, whatever it holds (``measurements/h200/contexts.json``).
+        """
+        listed = None if beside is None else card.process_bytes().get(os.getpid())
+        if listed is None or self.listed_bytes is None:
+            return card.used_bytes()  # with a process beside too much, never too little
+        return self.used_before_bytes + self.context_bytes + listed - self.listed_bytes
 
     def moved(self) -> None:
         """The model, and what goes with it, is on the device; nothing was trained yet."""
@@ -101,6 +126,11 @@ class Context:
 
     def _held(self) -> tuple[int, int]:
         return torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+
+
+def _limit(device: torch.device, capacity_bytes: int) -> None:
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(memory_fraction(capacity_bytes, total_bytes), device)
 
 
 def _libraries(device: torch.device) -> dict[str, Any]:

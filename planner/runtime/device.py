@@ -22,11 +22,14 @@ from planner.specs.model import Spec
 from planner.specs.packing import packed
 from planner.specs.variants import Variant
 from planner.trials import Environment, Outcome, Peaks, Source, Trial
+from planner.units import GIB
 
 OPEN_TIMEOUT_S = 900.0
 """For imports and building the model on one CPU thread: a minute for billions of parameters."""
 TRIAL_TIMEOUT_S = 600.0
 """For three steps; with torch.compile for compilation too."""
+_ROOM_BYTES = 2 * GIB
+"""To be free beside all that two processes are expected to take."""
 _GRACE_S = 30.0
 """What the preloaded process gets on top to kill the trial that ran out of time and say so."""
 
@@ -65,6 +68,8 @@ class LocalDevice:
         self._preloaded: dict[str, Child] = {}  # by what was built; one at most
         self._is_opening = False
         self._held = Held()
+        self._num_later = 0
+        """Variants that ``prepare`` was told of beside the first of them."""
         weakref.finalize(self, kill_all, self._preloaded)
 
     @property
@@ -87,7 +92,12 @@ class LocalDevice:
         return measured_environment(spec, self.gpu, self.local)
 
     def prepare(self, spec: Spec, variants: Sequence[Variant]) -> None:
-        """Have the preloaded process import and build while the caller does something else."""
+        """Have the preloaded process import and build while the caller does something else. While there are later
+        ``variants`` the next trial's process is kept from one to the next, until ``rest``."""
+        self._num_later = len(variants[1:])
+        self._prepare(spec)
+
+    def _prepare(self, spec: Spec) -> None:
         child = self._preloaded.get(_build_key(spec))
         if child is None or not child.alive:
             self.close()
@@ -120,7 +130,7 @@ class LocalDevice:
 
     def preloaded(self, spec: Spec) -> Child:
         """The process that has built the model of ``spec``. Raises what building it raises."""
-        self.prepare(spec, ())
+        self._prepare(spec)
         child = self._preloaded[_build_key(spec)]
         if self._is_opening:
             try:
@@ -131,17 +141,29 @@ class LocalDevice:
             self._is_opening = False
         return child
 
-    def rest(self) -> None:
-        """End the process that is kept warm, which gives the GPU back."""
-        for child in self._preloaded.values() if self._held.pids else ():
+    def rest(self, *, keeps_next: bool = False) -> None:
+        """End the processes that are kept, which gives the GPU back, but for that of the next trial where it
+        ``keeps_next``."""
+        held, self._held = self._held, Held()
+        for child in self._preloaded.values() if held.pids else ():
             with contextlib.suppress(ChildError):  # it has died: nothing is held
-                child.request({"do": "rest"}, _GRACE_S)
-        self._held = Held()
+                left = child.request({"do": "rest", "next_too": not keeps_next}, _GRACE_S)
+                self._held = Held(pids=tuple(left["pids"]), bytes=left["bytes"])
+
+    @property
+    def expects_more(self) -> bool:
+        """Whether further variants follow the present one."""
+        return self._num_later > 0
+
+    def has_room_beside(self, capacity_bytes: int) -> bool:
+        """Whether the CUDA context of the next trial's process fits beside a trial that takes all it may."""
+        outside_bytes = self.gpu.context_bytes + self.gpu.library_bytes
+        return capacity_bytes + 2 * outside_bytes + _ROOM_BYTES <= self.local.total_bytes
 
     def ask(self, child: Child, request: dict[str, Any]) -> dict[str, Any]:
         """The reply to one trial, after the GPU was found idle: a failure of its processes is a reply too."""
         if request["fresh"]:
-            self.rest()
+            self.rest(keeps_next=True)
         waiting = time.monotonic()
         self.wait_until_idle(request["gpu_uuids"])
         idle_s = round(time.monotonic() - waiting, 4)
@@ -152,8 +174,8 @@ class LocalDevice:
         if "raised" in reply:
             self._held = Held()
             raise _error_of(reply["raised"])
-        warm_pid, held = reply.pop("warm_pid", None), reply.pop("held", {})
-        self._held = Held(pids=(warm_pid, *held["pids"]), bytes=held["bytes"]) if warm_pid else Held()
+        holds = reply.pop("holds", None)
+        self._held = Held(pids=tuple(holds["pids"]), bytes=holds["bytes"]) if holds else Held()
         details = reply.setdefault("details", {})
         if reply["outcome"] == Outcome.FAILED:
             details.setdefault("output", child.tail()[-2000:])
@@ -167,10 +189,13 @@ class LocalRunner:
     def __init__(self, device: LocalDevice, spec: Spec, variant: Variant, capacity_bytes: int) -> None:
         self._device, self._spec, self._variant = device, spec, variant
         self._capacity_bytes = capacity_bytes
+        self._num_fresh = 0
 
     def run(self, batch_size: int, *, fresh: bool = False) -> Trial:
         """Run one trial, in a process of its own where it is ``fresh``, else in one that is kept for the next."""
         child = self._device.preloaded(self._spec)
+        is_fresh = fresh or self._variant.gpus > 1  # what NCCL holds is given back by ending alone
+        self._num_fresh += is_fresh
         started_at, start = datetime.now(UTC), time.monotonic()
         reply = self._device.ask(
             child,
@@ -182,10 +207,17 @@ class LocalRunner:
                 "gpu_uuids": [card.uuid for card in (self._device.local, *self._device.peers)][: self._variant.gpus],
                 "accumulation_steps": self._spec.train.accumulation_steps,
                 "timeout_s": self._device.trial_timeout_s,
-                "fresh": fresh or self._variant.gpus > 1,  # what NCCL holds is given back by ending alone
+                "fresh": is_fresh,
+                "begins_next": is_fresh and self._begins_next(),
             },
         )
         return _trial(batch_size, reply, started_at, time.monotonic() - start)
+
+    def _begins_next(self) -> bool:
+        """Whether the next trial's process is begun beside this one: two fresh trials decide as a rule, and the next
+        variant's follow."""
+        expected = self._num_fresh == 1 or self._device.expects_more
+        return expected and self._variant.gpus == 1 and self._device.has_room_beside(self._capacity_bytes)
 
     def __enter__(self) -> Self:
         return self
@@ -194,7 +226,7 @@ class LocalRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """The preloaded process serves the next variant too."""
-        self._device.rest()
+        self._device.rest(keeps_next=error is None and self._device.expects_more)
 
 
 def _build_key(spec: Spec) -> str:

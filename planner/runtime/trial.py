@@ -58,8 +58,8 @@ class _Record:
     """How often it had refused a request when the step began; a library may make do without."""
     device_bytes: int = 0
     timings: dict[str, float] = field(default_factory=dict)
-    """Seconds spent on starting CUDA (``context_s``), moving the model (``move_s``), all steps (``steps_s``) and
-    cleaning a process that is kept (``clean_s``)."""
+    """Seconds spent on starting CUDA (``context_s``), moving the model (``move_s``), waiting for the process beside
+    (``settle_s``), all steps (``steps_s``) and cleaning a process that is kept (``clean_s``)."""
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
@@ -69,8 +69,8 @@ class _Record:
         finally:
             self.timings[name] = round(time.perf_counter() - start, 4)
 
-    def run(self, training: Training, phase: Phase, batch_size: int, card: Card) -> None:
-        """One phase, to its end on the GPU."""
+    def run(self, training: Training, phase: Phase, batch_size: int, look: Callable[[], int]) -> None:
+        """One phase, to its end on the GPU; ``look`` tells the bytes in use on the device."""
         self.num_ooms = torch.cuda.memory_stats(training.device).get("num_ooms", 0)
         scale = training.scaler.get_scale()
         start = time.perf_counter()
@@ -90,7 +90,7 @@ class _Record:
             self.driver_bytes.append(stats.get("reserved_bytes.all.allocated", 0))
         self.phases.append(phase.name)
         self.report = training.report()
-        self.device_bytes = max(self.device_bytes, card.used_bytes())
+        self.device_bytes = max(self.device_bytes, look())
 
     def collect(self, device: torch.device) -> None:
         """Tell a leak from what hangs in reference cycles, where memory has grown."""
@@ -103,6 +103,17 @@ class _Record:
         """What only some specs and variants have, as JSON data."""
         found = {"other_step_times_s": self.other_step_times_s, "evaluation_s": self.evaluation_s}
         return {name: value for name, value in found.items() if value} | self.report
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What one trial is to run."""
+
+    spec: Spec
+    variant: Variant
+    batch_size: int
+    look: Callable[[], int]
+    settle: Callable[[], bool] | None
 
 
 class TrialProcess:
@@ -123,7 +134,35 @@ class TrialProcess:
     ) -> None:
         self._spec, self._model = spec, model
         self._device_index, self._join, self._agree = device_index, join, agree
+        self._card: Card | None = None
         self._context: Context | None = None
+        self._context_s = 0.0
+
+    def start(
+        self,
+        *,
+        variant: Mapping[str, Any],
+        capacity_bytes: int,
+        gpu_uuid: str,
+        used_before_bytes: int | None = None,
+    ) -> dict[str, Any]:
+        """Start CUDA, for trials of variants with the same allocator settings; nothing is allocated. Where that was
+        done beside a trial, to be called again when this has gone, with the ``used_before_bytes`` of the device without
+        any process of ours.
+
+        Returns ``listed_bytes`` (``Context``) and the ``used_before_bytes`` of the device.
+        Raises ``DeviceLost``, ``DeviceUnavailable``.
+        """
+        began = time.perf_counter()
+        card = self._card = self._card or Card.open(gpu_uuid)  # for the life of the process: opening takes 20 ms
+        if self._context is not None and used_before_bytes is not None:
+            self._context.alone(card, used_before_bytes, capacity_bytes)
+        else:
+            use_allocator(Variant.from_dict(variant).allocator)
+            self._context = Context.start(capacity_bytes, card, self._device_index, self._join)
+            self._context_s = round(time.perf_counter() - began, 4)
+        context = self._context
+        return {"listed_bytes": context.listed_bytes, "used_before_bytes": context.used_before_bytes}
 
     def run(
         self,
@@ -134,73 +173,85 @@ class TrialProcess:
         gpu_uuid: str,
         keep: bool,
         accumulation_steps: int = 1,
+        beside: int | None = None,
+        settle: Callable[[], bool] = lambda: True,
     ) -> dict[str, Any]:
         """Run the phases of a trial of ``batch_size``, then steps until one takes nothing more from the driver and the
         optimizer's state is there, and report outcome, peaks, retries and step times as JSON data.
 
         ``accumulation_steps`` stands in for those of the spec that the process was started with.
         ``keep`` asks for a process that can run another trial of the same variant; ``warm`` says whether it can.
+        ``beside`` is the id of a process that starts CUDA beside this trial; ``settle`` waits until that is done, and
+        says whether it is.
         Raises ``ModelError`` for what the model or the step raises, ``InvalidSpec`` for a variant that the model does
         not offer, ``DeviceLost``, ``DeviceUnavailable``.
         """
         chosen = Variant.from_dict(variant)
         record = _Record()
-        with Card.open(gpu_uuid) as card:
-            use_allocator(chosen.allocator)
-            with record.timing("context_s"):
-                context = self._context = self._context or Context.start(
-                    capacity_bytes, card, self._device_index, self._join
-                )
-            context.begin()
-            spec = replace(self._spec, train=replace(self._spec.train, accumulation_steps=accumulation_steps))
-            outcome, words = self._attempt(spec, chosen, batch_size, context, card, record)
-            record.device_bytes = max(record.device_bytes, card.used_bytes())
-            if outcome is not Outcome.FAILED and (strangers := context.strangers(card)):
-                listed = ", ".join(map(str, strangers))
-                outcome, words = Outcome.FAILED, f"other processes came to the GPU during the trial ({listed})"
-            result = {
-                "outcome": str(outcome),
-                "error": words,
-                "peaks": {
-                    "allocated_bytes": torch.cuda.max_memory_allocated(context.device),
-                    "reserved_bytes": torch.cuda.max_memory_reserved(context.device),
-                    "device_bytes": record.device_bytes,
-                },
-                "num_alloc_retries": torch.cuda.memory_stats(context.device).get("num_alloc_retries", 0),
-                "step_times_s": record.step_times_s,
-                "details": {
-                    "context_bytes": context.context_bytes,
-                    **({"communicator_bytes": context.communicator_bytes} if self._join else {}),
-                    "used_before_bytes": context.used_before_bytes,
-                    "num_steps": len(record.allocated_after_step_bytes),
-                    "samples_per_step": batch_size * accumulation_steps * chosen.gpus,
-                    "allocated_after_step_bytes": record.allocated_after_step_bytes,
-                    **({"in_cycles": True} if record.in_cycles else {}),
-                    "retries_after_step": record.retries_after_step,
-                    **({"num_skipped_updates": sum(record.skipped)} if any(record.skipped) else {}),
-                    "is_steady": len(record.driver_bytes) > 1 and record.driver_bytes[-1] == record.driver_bytes[-2],
-                    "phases": record.phases,
-                    **record.beside(),
-                    "timings": record.timings,
-                    "system": context.system,
-                },
-            }
-            # A compiled model would compile again for the next size, and torch gives up after some (recompile_limit).
-            if keep and outcome is not Outcome.FAILED and chosen.compile is Compile.OFF:
-                with record.timing("clean_s"):
-                    result["warm"] = context.clean(self._model)
-                result["held"] = {"bytes": card.used_bytes() - context.used_before_bytes, "pids": context.pids}
+        if self._context is None:
+            self.start(variant=variant, capacity_bytes=capacity_bytes, gpu_uuid=gpu_uuid)
+        context, card = self._context, self._card
+        assert context is not None, "it was started"
+        assert card is not None, "it was started"
+        record.timings["context_s"], self._context_s = self._context_s, 0.0
+        context.begin()
+
+        def look() -> int:
+            return context.device_bytes(card, beside)
+
+        spec = replace(self._spec, train=replace(self._spec.train, accumulation_steps=accumulation_steps))
+        attempt = _Attempt(spec, chosen, batch_size, look, settle if beside is not None else None)
+        outcome, words = self._attempt(attempt, context, card, record)
+        record.device_bytes = max(record.device_bytes, look())
+        if outcome is not Outcome.FAILED and (strangers := context.strangers(card, beside)):
+            listed = ", ".join(map(str, strangers))
+            outcome, words = Outcome.FAILED, f"other processes came to the GPU during the trial ({listed})"
+        result = {
+            "outcome": str(outcome),
+            "error": words,
+            "peaks": {
+                "allocated_bytes": torch.cuda.max_memory_allocated(context.device),
+                "reserved_bytes": torch.cuda.max_memory_reserved(context.device),
+                "device_bytes": record.device_bytes,
+            },
+            "num_alloc_retries": torch.cuda.memory_stats(context.device).get("num_alloc_retries", 0),
+            "step_times_s": record.step_times_s,
+            "details": {
+                "context_bytes": context.context_bytes,
+                **({"communicator_bytes": context.communicator_bytes} if self._join else {}),
+                "used_before_bytes": context.used_before_bytes,
+                "num_steps": len(record.allocated_after_step_bytes),
+                "samples_per_step": batch_size * accumulation_steps * chosen.gpus,
+                "allocated_after_step_bytes": record.allocated_after_step_bytes,
+                **({"in_cycles": True} if record.in_cycles else {}),
+                "retries_after_step": record.retries_after_step,
+                **({"num_skipped_updates": sum(record.skipped)} if any(record.skipped) else {}),
+                "is_steady": len(record.driver_bytes) > 1 and record.driver_bytes[-1] == record.driver_bytes[-2],
+                "phases": record.phases,
+                **record.beside(),
+                "timings": record.timings,
+                "system": context.system,
+            },
+        }
+        # A compiled model would compile again for the next size, and torch gives up after some (recompile_limit).
+        if keep and outcome is not Outcome.FAILED and chosen.compile is Compile.OFF:
+            with record.timing("clean_s"):
+                result["warm"] = context.clean(self._model)
+            result["held"] = {"bytes": card.used_bytes() - context.used_before_bytes, "pids": context.pids}
         return result
 
-    def _attempt(
-        self, spec: Spec, variant: Variant, batch_size: int, context: Context, card: Card, record: _Record
-    ) -> tuple[Outcome, str | None]:
+    def _attempt(self, attempt: _Attempt, context: Context, card: Card, record: _Record) -> tuple[Outcome, str | None]:
         try:
             with record.timing("move_s"):
-                training = Training(spec, variant, self._model, context.device)
+                training = Training(attempt.spec, attempt.variant, self._model, context.device)
             context.moved()
+            if attempt.settle is not None:
+                with record.timing("settle_s"):
+                    is_settled = attempt.settle()
+                if not is_settled:
+                    return Outcome.FAILED, _UNSETTLED
             with record.timing("steps_s"):
-                schedule = phases(spec)
+                schedule = phases(attempt.spec)
                 is_plain = all(phase.repeats(schedule[0]) for phase in schedule)
                 for number, phase in enumerate(itertools.chain(schedule, itertools.repeat(schedule[-1]))):
                     wanted = wants_another_step(
@@ -212,7 +263,7 @@ class TrialProcess:
                     goes_on = self._agree(wanted)
                     if (is_plain or number >= len(schedule)) and not goes_on:
                         break
-                    record.run(training, phase, batch_size, card)
+                    record.run(training, phase, attempt.batch_size, attempt.look)
                 record.collect(context.device)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the border to the user's model: it can raise anything
             return _judge(error, lambda: _is_short(record, context, card))
@@ -221,6 +272,7 @@ class TrialProcess:
         return Outcome.FITS, None
 
 
+_UNSETTLED = "the next trial's process, which was begun beside this one, did not start CUDA in time"
 _NEVER_UPDATED = (
     "gradients overflowed in each of {} steps, so that none updated the weights: the optimizer's state was never "
     "there, and what a training run takes is not known"

@@ -92,6 +92,9 @@ class VirtualDevice:
     def open(self, spec: Spec, variant: Variant, *, capacity_bytes: int | None = None) -> VirtualRunner:
         return VirtualRunner(self, spec, variant, capacity_bytes or self.capacity_bytes)
 
+    def rest(self) -> None:
+        """Nothing is held but the preloaded process."""
+
     def close(self) -> None:
         """End the preloaded processes; the next trial starts one again. A thread that waits for an answer gets
         ``ChildDied``."""
