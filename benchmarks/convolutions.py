@@ -8,6 +8,8 @@ answered on a GPU, and in ``depthwise-plans.json.gz`` what it answered without o
 
 - how far the table is from ``measurements/h200/convolutions.json.gz``: what PyTorch's convolutions were seen to
   allocate on that GPU, nothing of which is in the table;
+- how far it is from what cuDNN answered at batch sizes at random (``random``, by part: ``convolution-random.json.xz``,
+  of which nothing is in the table);
 - how far it is from the answers that are kept from it: for a share of the layers, all of them (``layer``: the most
   similar ones decide), or those at every second batch size (``batch``).
 
@@ -36,6 +38,7 @@ from planner.virtual.plans import TAIL, Column, Layer, Recipe, Table, Tensors, c
 ROOT = Path(__file__).parents[1]
 PLANS = sorted((ROOT / "measurements" / "h200").glob("*-plans*.json.gz"))
 CHANGES = sorted((ROOT / "measurements" / "h200").glob("convolution-changes*.json.xz"))
+RANDOM = ROOT / "measurements" / "h200" / "convolution-random.json.xz"
 MEASURED = ROOT / "measurements" / "h200" / "convolutions.json.gz"
 TABLE = ROOT / "planner" / "virtual" / convolutions.TABLE
 TABLE_OF = {
@@ -95,6 +98,15 @@ def measured() -> list[Row]:
         for direction, size in zip(DIRECTIONS, (forward, dgrad, wgrad), strict=True)
         if size >= 0
     ]
+
+
+def at_random() -> dict[str, list[Row]]:
+    """What cuDNN answered at batch sizes at random, by part (``benchmarks/measure_changes.py``)."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for part, text, kind, direction, n, engine, size in json.loads(lzma.decompress(RANDOM.read_bytes()))["rows"]:
+        if size >= 0:
+            found[part].append(Row(Layer.parse(text), n, TABLE_OF[kind], direction, size, engine))
+    return found
 
 
 def explain(row: Row) -> Recipe:
@@ -183,6 +195,12 @@ def held_out(rows: list[Row], what: str, every: int = 30) -> Iterator[tuple[Row,
             yield row, convolutions.estimate(table, row.direction, row.tensors, row.tensors, row.layer, row.n)
 
 
+def told(rows: Iterable[Row]) -> Iterator[tuple[Row, Workspace]]:
+    """What the package says of each."""
+    for row in rows:
+        yield row, convolutions._workspace(row.direction, row.tensors, row.tensors, row.layer, row.n)
+
+
 def report(name: str, found: Iterable[tuple[Row, Workspace]], rounded: bool) -> None:
     groups: dict[tuple[str, str], list[tuple[float, bool, bool, bool]]] = defaultdict(list)
     for row, workspace in found:
@@ -211,10 +229,10 @@ def main() -> None:
         print(f"{TABLE.relative_to(ROOT)}: {TABLE.stat().st_size} bytes")
         return
     print(f"{'':28} {'cases':>7} {'exact':>7} {'1 MiB/%':>7} {'p95':>8} {'inside':>7}")
-    given = (
-        (row, convolutions._workspace(row.direction, row.tensors, row.tensors, row.layer, row.n)) for row in measured()
-    )
-    report("measured", given, rounded=True)
+    report("measured", told(measured()), rounded=True)
+    for part, asked in at_random().items():
+        print(part)
+        report("random", told(asked), rounded=False)
     for what in ("batch", "layer"):
         report(what, held_out(rows, what), rounded=False)
 

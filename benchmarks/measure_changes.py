@@ -156,6 +156,8 @@ class Column:
 
     def check(self, chosen: random.Random, count: int) -> None:
         """Sizes at random between equal neighbours."""
+        if not self.known:
+            return
         most = math.log(min(max(self.known), MOST_AT_RANDOM))
         for n in {round(math.exp(chosen.uniform(0, most))) for _ in range(count)} - set(self.known):
             sizes = sorted(self.known)
@@ -178,12 +180,12 @@ class Column:
 
 
 def refine(job: Job) -> tuple[Job, list[tuple[int, str]], dict[str, int]] | None:
-    _, text, kind, direction, batches, checks, within_bytes = job
+    part, text, kind, direction, batches, checks, within_bytes = job
     if time.time() > _until:
         return None
     dtype, _, last = kind.partition("-")
     column = Column(Layer.parse(text), Tensors(dtype, last == "nhwc"), direction, within_bytes)
-    chosen = random.Random(f"{text} {kind} {direction}")  # noqa: S311 - a repeatable choice, not a secret
+    chosen = random.Random(f"{part} {text} {kind} {direction}")  # noqa: S311 - a repeatable choice, not a secret
     if checks:
         column.repeat(chosen)
     column.fill(batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import util
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from planner.errors import InvalidArgument
 from planner.virtual import convolutions
 from planner.virtual.convolutions import workspace_bytes
-from planner.virtual.plans import Layer, Recipe, Tensors, copied, decode_line, encode_line, runs, together
+from planner.virtual.plans import Layer, Recipe, Tensors, copied, decode_line, encode_line, features, runs, together
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,6 +116,18 @@ def test_layers_kept_from_the_table_lie_in_their_intervals(answers, benchmark):
     assert sum(inside) >= 0.85 * len(inside)
 
 
+@pytest.mark.parametrize(
+    ("part", "close", "inside"),
+    [("popular at 224", 0.985, 0.97), ("U-Nets", 0.985, 0.97), ("speech", 0.98, 0.97), ("not in the table", 0.9, 0.9)],
+)
+def test_what_cudnn_answered_at_random_batch_sizes_is_found(benchmark, part, close, inside):
+    """None of it is in the table."""
+    tried = list(benchmark.told(benchmark.at_random()[part][::4]))
+    assert len(tried) == 1000
+    assert sum(abs(row.bytes - found.bytes) <= max(1 << 20, row.bytes // 100) for row, found in tried) >= 1000 * close
+    assert sum(found.low <= row.bytes <= found.high for row, found in tried) >= 1000 * inside
+
+
 def test_a_batch_size_between_two_asked_for_scales_the_copies():
     at_6, at_7, at_8 = (square("forward", n, 64, 64, 3, 1, 1, 56) for n in (6, 7, 8))
     assert at_8.bytes - at_7.bytes == at_7.bytes - at_6.bytes == 64 * 2 * 56 * 56 * 2
@@ -186,6 +199,15 @@ def test_neighbours_without_answers_do_not_count(benchmark):
     asked = Layer(65, 64, 1, (3, 3), (1, 1), (1, 1), (1, 1), (56, 56))
     assert [recipe.extra for _, recipe in table.alike(Tensors("float32", False), "forward", asked, 8)] == [512] * 6
     assert [recipe.extra for _, recipe in table.alike(Tensors("bfloat16", False), "forward", asked, 8)] == [0] * 6
+
+
+def test_groups_as_wide_are_the_most_similar_ones():
+    """224 channels in 16 groups of 14 and 7: padded like 16 and 8, not like the layers with as many channels."""
+    own, wide, many = (
+        features(Layer(c, k, groups, (3, 3), (1, 1), (1, 1), (1, 1), (10, 10)))
+        for c, k, groups in ((224, 112, 16), (256, 128, 16), (224, 112, 2))
+    )
+    assert math.dist(own, wide) < math.dist(own, many)
 
 
 def test_an_unknown_layer_is_never_exact_and_has_the_size_of_its_copies():

@@ -288,14 +288,19 @@ def features(layer: Layer) -> tuple[float, ...]:
     """
     log = math.log2
     channels = (layer.c, layer.k)
+    widths = (layer.c // layer.groups, layer.k // layer.groups)
+    padded = 1 << (max(widths) - 1).bit_length()  # how cuDNN pads groups (``copied``)
+    grouped = 2.0 * (layer.groups > 1)
     return (
         2.0 * log(layer.k),
-        2.0 * log(layer.c // layer.groups),
+        2.0 * log(widths[0]),
         3.0 * log(layer.taps),
         0.35 * log(layer.output_pixels),
         2.0 * log(max(layer.stride)),
         2.0 * log(max(layer.dilation)),
         0.5 * log(layer.groups),
+        grouped * log(widths[1]),
+        grouped * log(padded),
         log(layer.kernel[0] / layer.kernel[-1]),
         0.2 * (layer.pixels % 8 == 0),
         0.3 * (layer.output_pixels % 2 == 0),
