@@ -17,11 +17,14 @@ from planner.specs.variants import (
     Loss,
     MemoryFormat,
     OptimizerImplementation,
+    Precision,
     Sdpa,
     Variant,
 )
-from planner.training import Training, build_model, phases
+from planner.training import Training, build_model, check_tf32, phases
 from planner.training.checkpointing import enable_checkpointing, repeated_blocks
+from planner.virtual.architecture import Architecture
+from planner.virtual.tracing import trace_steps
 from tests.test_training import CPU, SMALL, TARGETS, TOKENS, XY, _library, _python, _training, _transformers
 
 GPT2 = _transformers("gpt2", "causal-lm", TOKENS, n_layer=2, n_embd=32, n_head=2, vocab_size=64)
@@ -265,3 +268,16 @@ def test_a_back_end_of_a_compiled_model_without_that_attention_is_refused(compil
     spec = _blocks()
     with pytest.raises(InvalidSpec, match="does not call scaled_dot_product_attention"):
         _training(spec, compile=Compile.ON, sdpa=Sdpa.MATH).run(phases(spec)[0], 2)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_tf32_runs_from_ampere_on(capability: tuple[int, int]) -> None:
+    check_tf32(capability)
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+def test_tf32_is_refused_where_it_would_be_fp32(capability: tuple[int, int]) -> None:
+    turing = Architecture(compute_capability=capability, num_sms=40)
+    with pytest.raises(InvalidSpec, match="tf32 needs a GPU of compute capability 8") as caught:
+        trace_steps(GPT2, Variant(precision=Precision.TF32), 2, turing)
+    assert (caught.value.field, caught.value.suggestion) == ("variants.precision", "fp32")

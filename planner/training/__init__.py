@@ -2,6 +2,6 @@
 
 from planner.training.models import build_model
 from planner.training.schedule import phases
-from planner.training.step import Training
+from planner.training.step import Training, check_tf32
 
-__all__ = ["Training", "build_model", "phases"]
+__all__ = ["Training", "build_model", "check_tf32", "phases"]

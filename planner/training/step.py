@@ -83,6 +83,8 @@ class Training:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(spec.train.ema)  # type: ignore[no-untyped-call]
             self.ema = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average)
         if variant.precision is Precision.TF32:
+            if device.type == "cuda":
+                check_tf32(torch.cuda.get_device_capability(device))
             # A mode of the whole process, where trials of other variants never run. Every other precision keeps torch's
             # defaults: no TF32 in matrix products, TF32 in cuDNN.
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -212,6 +214,15 @@ class Training:
         if not loss.requires_grad:
             raise ModelError("the loss does not depend on any trainable parameter", field=field)
         return loss
+
+
+def check_tf32(compute_capability: tuple[int, int]) -> None:
+    """Raises ``InvalidSpec`` for a GPU older than Ampere, which has no TF32: it would run fp32 under another name (CUDA
+    C++ Programming Guide, arithmetic of compute capability 8.0)."""
+    if compute_capability < (8, 0):
+        has = ".".join(map(str, compute_capability))
+        message = f"tf32 needs a GPU of compute capability 8.0 or newer; this one has {has}, where it is fp32"
+        raise InvalidSpec(message, field="variants.precision", suggestion=str(Precision.FP32))
 
 
 def _logits(outputs: Any) -> torch.Tensor:

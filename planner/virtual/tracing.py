@@ -87,11 +87,13 @@ def trace_steps(
     Raises ``InvalidSpec`` for a compiled variant: what the compiler fuses and recomputes is not known here; and for
     tokens or classes that the model has no positions or outputs for.
     """
-    from planner.training import Training, phases
+    from planner.training import Training, check_tf32, phases
 
     if variant.compile is Compile.ON:
         message = "torch.compile is not predicted, since its compiler decides what is kept: probe it on a GPU"
         raise InvalidSpec(message, field="variants.compile", suggestion="off")
+    if variant.precision is Precision.TF32:
+        check_tf32(architecture.compute_capability)
     spec = _few_micro_batches(spec)
     device = prepare(architecture)
     built = built or build(spec, architecture)
