@@ -5,7 +5,8 @@
 
 For each variant of each spec: peaks and allocation retries at several batch sizes with no limit, the largest batch size
 under ``--limit`` with the first that ran out of memory, each trial in a fresh process forked before CUDA was touched;
-and recorded traces of allocator events (two steps) at the batch sizes of ``--trace-at``. ``--predictions``, as
+and recorded traces of allocator events (two steps) at the batch sizes of ``--trace-at``; in fp16-amp the peaks after
+each step and the gradient scaler's factor. ``--predictions``, as
 ``benchmarks/predict_peaks.py`` writes them, say which batch sizes to run and where to look for the largest. ``--jobs``
 cases share the GPU: what an allocator holds does not depend on other processes, as long as there is memory for all.
 Results are written as they come. Run from the repository's root.
@@ -113,16 +114,22 @@ def trial(
         torch.cuda.set_per_process_memory_fraction(limit / total)
     training = Training(spec, variant, model, torch.device("cuda", 0))
     marks = []
+    steps = []
     for phase in phases(spec, 2 if trace else 3):
         if trace:
             marks.append(len(torch.cuda.memory._snapshot()["device_traces"][0]))
         training.run(phase, batch_size)
         torch.cuda.synchronize()
+        if training.scaler.is_enabled():
+            scale = training.scaler.get_scale()
+            steps.append([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), scale])
     result: dict[str, Any] = {
         "alloc": torch.cuda.max_memory_allocated(),
         "reserved": torch.cuda.max_memory_reserved(),
         "retries": torch.cuda.memory_stats()["num_alloc_retries"],
     }
+    if steps:  # whose updates were skipped: ``benchmarks/accuracy.py`` skips the same
+        result["steps"] = steps
     if trace:
         events = torch.cuda.memory._snapshot()["device_traces"][0]
         result["events"] = [[e["action"], e["addr"], e["size"], e["stream"]] for e in events]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import lzma
+from pathlib import Path
+
 from planner.allocator import AllocatorConfig, Events
 from planner.units import GIB, MIB
 from planner.virtual.prediction import predict_trial
@@ -98,3 +102,25 @@ def test_a_capacity_is_replayed_once() -> None:
     number = replays.number
     replays.make_all()
     assert (replays.needed_bytes, replays.spread, replays.number) == (needed, spread, number)
+
+
+def test_what_fits_under_the_capacity_needs_no_more() -> None:
+    """resnet50 at 193 samples ran under 16 GiB on an H200; by the same rules it runs out with 16 MiB more, where other
+    cached blocks are given back."""
+    path = Path(__file__).parents[1] / "measurements/h200/steps/resnet50-224.fp32.none.16.193.json.xz"
+    recorded = json.loads(lzma.decompress(path.read_bytes()))["events"]
+    order: list[int] = []
+    sizes: list[int] = []
+    live: dict[int, int] = {}
+    for number, address, size in zip(*(recorded[key] for key in ("action", "addr", "size")), strict=True):
+        if recorded["actions"][number] == "alloc":
+            live[address] = len(sizes)
+            order.append(len(sizes))
+            sizes.append(size)
+        elif recorded["actions"][number] == "free_requested":
+            order.append(~live.pop(address))
+    events = Events(order, sizes, first_kernel=323)  # after the batch and the first convolution's result
+    replays = Replays(events, CONFIG, 16 * GIB, 140 * GIB)
+    assert replays.limited.fits
+    assert not Replays(events, CONFIG, 16 * GIB + 16 * MIB, 140 * GIB).limited.fits
+    assert replays.needed_bytes <= 16 * GIB

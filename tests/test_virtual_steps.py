@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import lzma
@@ -177,3 +178,33 @@ start = found.steps[0][0]
 result = [found.operators[block] for block in found.events[start:found.first_kernel] if block >= 0]
 """
     assert process.run(code) == ["aten::randn", "aten::randint", "aten::convolution", "aten::convolution"]
+
+
+def test_what_a_run_without_updates_needs_lies_between_what_was_measured_while_they_were_skipped(
+    process: Process,
+) -> None:
+    """An LSTM in fp16-amp whose first two updates were skipped: allocated and reserved bytes after them."""
+    measured = json.loads(gzip.decompress((ROOT / "measurements/h200/unseen-5.json.gz").read_bytes()))["cases"]
+    (case,) = (
+        each for each in measured if (each["case"], each["variant"]["precision"]) == ("lstm-projected", "fp16-amp")
+    )
+    (allocated, reserved, _), *_ = case["peaks"]["1"]["steps"]
+    code = f"""
+from planner.allocator import AllocatorConfig
+from planner.specs.document import parse_spec
+from planner.specs.variants import Variant
+from planner.virtual.prediction import needed_without_update
+from planner.virtual.scaling import TraceFamily
+from planner.virtual.tracing import trace_steps
+
+spec = parse_spec({read_document(ROOT / "measurements/specs/lstm-projected.yaml")!r})
+found = []
+for precision in ("fp16-amp", "bf16-amp"):
+    variant = Variant.from_dict({{"precision": precision}})
+    family = TraceFamily(lambda size: trace_steps(spec, variant, size, architecture))
+    found.append(needed_without_update(family.traced(1), AllocatorConfig(), 8 << 30, 150_109_880_320))
+result = found
+"""
+    needed, never_skipped = process.run(code)
+    assert allocated <= needed <= reserved
+    assert never_skipped is None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from planner.allocator import AllocatorConfig, Events, replay
+from planner.allocator import AllocatorConfig, Events
 from planner.allocator.config import MIN_BLOCK_BYTES
 from planner.units import MIB, format_bytes
 from planner.virtual.replays import KeptReplays, Replays
@@ -101,7 +101,7 @@ def predict_trial(
     if fresh:
         reply["allocated_after_step_bytes"] = allocated_after_steps(scaled)
         reply["in_cycles"] = scaled.trace.in_cycles
-        without_update = peak_without_update(scaled, config, device_total_bytes)
+        without_update = needed_without_update(scaled, config, capacity_bytes, device_total_bytes)
         reply["needed"] = _interval(
             replays.needed_bytes, replays.spread, scaled, compute_capability, without_update_bytes=without_update
         )
@@ -127,8 +127,11 @@ def allocated_after_steps(scaled: Scaled) -> list[int]:
     return found
 
 
-def peak_without_update(scaled: Scaled, config: AllocatorConfig, device_total_bytes: int) -> int | None:
-    """Reserved bytes of a run whose every step is skipped by the gradient scaler; ``None`` where none skips a step.
+def needed_without_update(
+    scaled: Scaled, config: AllocatorConfig, capacity_bytes: int, device_total_bytes: int
+) -> int | None:
+    """The smallest capacity for a run whose every step is skipped by the gradient scaler; ``None`` where none skips a
+    step.
 
     Whether gradients overflow follows from values, which are not here. *Measured* (``steps`` of fp16-amp in
     ``measurements/h200/unseen-4.json.gz`` and ``unseen-5.json.gz``): of 53 runs of three steps 17 skipped some, mostly
@@ -145,7 +148,7 @@ def peak_without_update(scaled: Scaled, config: AllocatorConfig, device_total_by
         successors=None,
         library_bytes={at: taken for at, taken in scaled.events.library_bytes.items() if at < index},
     )
-    return replay(first, config, None, device_total_bytes=device_total_bytes).peak_reserved_bytes
+    return Replays(first, config, capacity_bytes, device_total_bytes).needed_bytes
 
 
 _SURPRISE = "traced size by size: memory events are not those that smaller batch sizes foretold"

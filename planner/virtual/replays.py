@@ -65,6 +65,8 @@ class Replays:
     def _narrowing(self) -> Iterator[int]:
         """The capacity that is known to suffice, after each replay of the bisection."""
         low, high = self.free.peak_allocated_bytes, self.free.peak_reserved_bytes
+        if self.capacity_bytes is not None and self.limited.fits:  # though it may run out under some that are larger
+            high = min(high, self.capacity_bytes)
         yield high
         while high - low > max(2 * MIB, int(high * _NEEDED_PRECISION)):
             middle = (low + high) // 2
