@@ -261,8 +261,11 @@ OPTIMIZERS = "adadelta, adafactor, adagrad, adam, adamax, adamw, asgd, nadam, ra
         ("train: {precision: bf16}", "train.precision: is a key of variants (did you mean 'variants.precision'?)"),
         ("variants: {optimizer: sgd}", "variants.optimizer: is a key of train (did you mean 'train.optimizer'?)"),
         ("sequence_length: 8", "sequence_length: is a key of data (did you mean 'data.sequence_length'?)"),
-        ("train: {batch_size: 8}", "train.batch_size: is said beside a spec, not in it: --batch-size N"),
-        ("gpu: h200", "gpu: is said beside a spec, not in it: --gpu NAME"),
+        (
+            "train: {batch_size: 8}",
+            "train.batch_size: is said beside a spec, not in it: --batch-size N, or batch_size over HTTP",
+        ),
+        ("gpu: h200", "gpu: is said beside a spec, not in it: --gpu NAME, or gpu over HTTP"),
         ("variants: {gpu: 2}", "variants.gpu: unknown key (did you mean 'gpus'?)"),
         (
             "train: {learning_rate: 0.1}",

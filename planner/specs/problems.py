@@ -206,7 +206,7 @@ def _misplaced(parent: _Loc, path: str, key: str) -> InvalidSpec | None:
     if len(parent) > 2:
         return None
     if key in _BESIDE and parent != ("variants",):  # where gpu is rather gpus
-        return InvalidSpec(f"is said beside a spec, not in it: {_BESIDE[key]}", field=path)
+        return InvalidSpec(f"is said beside a spec, not in it: {_BESIDE[key]}, or {key} over HTTP", field=path)
     if key in _OPTIMIZER_ARGUMENTS:
         message = f"is an argument of the optimizer: optimizer: {{name: ..., {_OPTIMIZER_ARGUMENTS[key]}: ...}}"
         return InvalidSpec(message, field=path, suggestion=f"train.optimizer.{_OPTIMIZER_ARGUMENTS[key]}")
