@@ -1,5 +1,7 @@
 """The next trial's process beside a trial, on the real card: ``make test-gpu``."""
 
+from dataclasses import replace
+
 import pytest
 
 from planner.local_gpus import local_gpus
@@ -9,11 +11,14 @@ from planner.runtime.device import LocalDevice
 from planner.specs.document import parse_spec
 from planner.specs.variants import Variant
 from planner.trials import Outcome
-from planner.units import GIB, MIB
+from planner.units import GIB, KIB, MIB
 from tests.test_gpu_runtime import FAULTY, SMALL
 from tests.test_processes import gone
 
 pytestmark = pytest.mark.gpu
+
+DRIVER_PAGE_BYTES = 64 * KIB
+"""*Measured*: on one H200 of four, a context that was started beside another process took a page more."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def used_bytes(card):
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_every_byte_is_that_of_a_trial_alone(card, device, monkeypatch, checkpointing):
+def test_every_byte_of_the_allocator_is_that_of_a_trial_alone(card, device, monkeypatch, checkpointing):
     spec, variant = parse_spec(SMALL), Variant.from_dict({"precision": "fp32", "checkpointing": checkpointing})
     with monkeypatch.context() as patch, device.open(spec, variant) as runner:
         patch.setattr(LocalDevice, "has_room_beside", lambda *_: False)
@@ -58,9 +63,12 @@ def test_every_byte_is_that_of_a_trial_alone(card, device, monkeypatch, checkpoi
     for trial, expected in zip(beside, (*alone, alone[0]), strict=True):
         print(trial.peaks, expected.peaks, trial.details["context_bytes"], expected.details["context_bytes"])
         print(trial.details["timings"], expected.details["timings"])
-        assert trial.peaks == expected.peaks
-        for name in ("context_bytes", "used_before_bytes", "allocated_after_step_bytes", "system"):
+        assert replace(trial.peaks, device_bytes=expected.peaks.device_bytes) == expected.peaks
+        for name in ("used_before_bytes", "allocated_after_step_bytes", "system"):
             assert trial.details[name] == expected.details[name]
+        more = trial.details["context_bytes"] - expected.details["context_bytes"]
+        assert more in (0, DRIVER_PAGE_BYTES)
+        assert trial.peaks.device_bytes - expected.peaks.device_bytes == more
     assert waiting - used_bytes(card) == pytest.approx(alone[0].details["context_bytes"], abs=MIB)
     assert used_bytes(card) < IDLE_BYTES
 
@@ -114,5 +122,6 @@ def test_a_sweep_begins_all_but_the_first(card, device):
     fresh = [trial for plan in plans for trial in plan.trials if trial.fresh_process]
     assert all(plan.certified for plan in plans)
     assert sum(trial.details.get("started_ahead", False) for trial in fresh) >= len(fresh) - 3
-    assert len({trial.details["context_bytes"] for trial in fresh}) == 1
+    contexts = {trial.details["context_bytes"] for trial in fresh}
+    assert max(contexts) - min(contexts) <= DRIVER_PAGE_BYTES
     assert used_bytes(card) < IDLE_BYTES
