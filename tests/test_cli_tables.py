@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from planner.cli.folding import folded, hanging
-from planner.cli.tables import expectation, intervals, origin, plans_table
+from planner.cli.tables import expectation, intervals, origin, plans_table, remarks
 from planner.cli.terminal import print_lines
 from planner.specs.variants import variant_label
 
@@ -34,6 +34,13 @@ def plan(precision: str, measured: int | None, predicted: int | None) -> dict[st
 )
 def test_what_was_predicted_is_named_per_variant_in_one_line(plans: list[dict[str, Any]], line: str) -> None:
     assert expectation(plans) == [f"Predicted before measuring: {line}"]
+
+
+def test_retries_are_said_of_what_went_on() -> None:
+    found = {"source": "predicted", "num_alloc_retries": 2, **plan("fp32", None, None)}
+    gave = "fp32: the allocator is predicted to give cached memory back 2 times to go on"
+    assert remarks([{**found, "fits": True}]) == remarks([found]) == [gave]
+    assert remarks([{**found, "fits": False}]) == []
 
 
 def test_nothing_is_said_where_nothing_had_been_predicted() -> None:

@@ -236,15 +236,20 @@ def test_a_job_page_follows_its_job_and_ends_with_its_plans(visit: Visit, store:
     expect(page.locator("[data-events] li")).to_have_count(1)
     claim = store.claim_job("worker-7")
     assert claim is not None
-    variant = {"precision": "fp32", "checkpointing": "none", "compile": "off"}
+    variant = {"precision": "fp32", "checkpointing": "full", "compile": "on"}
     store.append_event(claim, "trial_started", {"variant": variant, "batch_size": 8})
-    expect(page.get_by_text("fp32: running batch size 8")).to_be_visible()
+    expect(page.get_by_text("fp32 + checkpointing full + compiled: running batch size 8")).to_be_visible()
+    trial = {"batch_size": 8, "outcome": "oom", "source": "predicted", "peak_reserved_bytes": None}
+    store.append_event(claim, "trial_finished", {"variant": variant, "trial": trial})
+    expect(page.get_by_text("compiled: batch size 8 runs out of memory, predicted")).to_be_visible()
+    store.append_event(claim, "variant_finished", {"variant": variant, "plan": {"status": "unsupported"}})
+    expect(page.get_by_text("compiled: unsupported")).to_be_visible()
     plan = store_plan(store, largest=9)
     assert plan.id is not None
     store.finish_job(claim, JobState.SUCCEEDED, None, [plan.id])
     expect(page.locator("tbody .strong")).to_have_text("9")
     expect(page.locator("h1 + .badge")).to_have_text("succeeded")
-    expect(page.locator("[data-events] li")).to_have_count(4)
+    expect(page.locator("[data-events] li")).to_have_count(6)
     assert [text for text in visit.problems if not text.startswith("failed: ")] == []
 
 

@@ -6,11 +6,13 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 from sse_starlette import ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from planner.jobs import JobEvent
+from planner.specs.variants import variant_label
 from planner.store import Store
 
 
@@ -28,11 +30,17 @@ async def event_stream(
             yield ServerSentEvent(
                 id=str(event.sequence),
                 event=event.kind,
-                data=json.dumps({**event.data, "at": event.created_at.isoformat()}, separators=(",", ":")),
+                data=json.dumps({**_labelled(event), "at": event.created_at.isoformat()}, separators=(",", ":")),
             )
         if is_last:
             return
         await asyncio.sleep(poll_s)
+
+
+def _labelled(event: JobEvent) -> dict[str, Any]:
+    """With the variant's name as people read it, where the event is of one."""
+    variant = event.data.get("variant")
+    return {**event.data, "label": variant_label(variant)} if variant else {**event.data}
 
 
 def _look(store: Store, job_id: str, after: int) -> tuple[list[JobEvent], bool]:

@@ -58,7 +58,7 @@ def plan_row(plan: Plan) -> PlanRow:
         interval=f"{format_bytes(interval.low_bytes)} to {format_bytes(interval.high_bytes)}" if interval else None,
         step_time_s=plan.step_time_s,
         samples_per_second=plan.samples_per_second,
-        num_alloc_retries=plan.num_alloc_retries,
+        num_alloc_retries=0 if plan.fits is False else plan.num_alloc_retries,
         evidence=_evidence(plan),
         num_trials=len(plan.trials),
         created_at=plan.created_at,

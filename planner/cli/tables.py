@@ -76,7 +76,7 @@ def remarks(plans: Sequence[Mapping[str, Any]]) -> list[str]:
         label = variant_label(plan["variant"])
         if wording.status(plan) != "planned":
             lines.append(f"{label}: {wording.sizes_line(plan)}")
-        if retries := plan.get("num_alloc_retries"):
+        if (retries := plan.get("num_alloc_retries")) and plan.get("fits") is not False:
             gave = "is predicted to give" if plan["source"] == "predicted" else "gave"
             times = wording.counted(retries, "time")
             lines.append(f"{label}: the allocator {gave} cached memory back {times} to go on")

@@ -5,21 +5,21 @@ const card = document.querySelector("[data-job]");
 const list = document.querySelector("[data-events]");
 const source = new EventSource(`/v1/jobs/${card.dataset.job}/events`);
 const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
-const label = (variant) => Object.values(variant || {}).filter((value) => value !== "none" && value !== "off").join(" + ");
 
 const outcomes = { fits: "fits", oom: "runs out of memory", failed: "failed" };
 
 const sentences = {
   note: (data) => data.text,
   state: (data) => (data.cancel_requested && data.state === "running" ? "cancellation requested" : data.state),
-  variant_started: (data) => `${label(data.variant)}: started`,
-  trial_started: (data) => `${label(data.variant)}: running batch size ${data.batch_size}`,
+  variant_started: (data) => `${data.label}: started`,
+  trial_started: (data) => `${data.label}: running batch size ${data.batch_size}`,
   trial_finished: (data) => {
     const reserved = data.trial.peak_reserved_bytes;
-    const result = `${label(data.variant)}: batch size ${data.trial.batch_size} ${outcomes[data.trial.outcome]}`;
-    return data.trial.outcome === "fits" && reserved ? `${result}, ${gib(reserved)} reserved` : result;
+    const result = `${data.label}: batch size ${data.trial.batch_size} ${outcomes[data.trial.outcome]}`;
+    const size = data.trial.outcome === "fits" && reserved ? `, ${gib(reserved)} reserved` : "";
+    return `${result}${size}${data.trial.source === "predicted" ? ", predicted" : ""}`;
   },
-  variant_finished: (data) => `${label(data.plan.variant)}: planned`,
+  variant_finished: (data) => `${data.label}: ${data.plan.status}`,
 };
 
 function show(kind, event) {
