@@ -208,3 +208,20 @@ result = found
     needed, never_skipped = process.run(code)
     assert allocated <= needed <= reserved
     assert never_skipped is None
+
+
+def test_writing_where_a_known_mask_says_lists_as_many_positions_as_it_marks(process: Process) -> None:
+    """Recorded for wav2vec2-bert and wavlm, whose masks leave most positions out: 16 bytes for each marked one."""
+    code = """
+values = torch.empty(4, 100, 8, device=device)
+mask = torch.zeros(4, 100, dtype=torch.bool)
+mask[:, 3:9] = True
+marked = torch.tensor(mask.tolist(), device=device)
+before = len(trace.sizes)
+values[marked] = torch.empty(8, device=device)
+values[torch.empty(4, 100, device=device) > 0] = 0.0
+found = zip(trace.sizes[before:], trace.operators[before:])
+result = [size for size, name in found if "index_put" in name]
+"""
+    marked, half = 16 * 4 * 6, 16 * 4 * 100 // 2  # the second mask is not known
+    assert [size for size in process.run(code) if size in (marked, half)] == [marked, half]

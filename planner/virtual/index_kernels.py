@@ -12,11 +12,13 @@ from math import prod
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from planner.virtual import cub
 from planner.virtual.architecture import Architecture
 from planner.virtual.rules import Call, Step, bytes_of, outputs, rule
 from planner.virtual.trace import Formula
+from planner.virtual.values import value_of
 
 aten = torch.ops.aten
 _INDEX = 8  # bytes of an int64
@@ -262,7 +264,7 @@ def _index_put(call: Call, _: Architecture) -> Iterator[Step]:
     masks = [item for item in listed if item.dtype in (torch.bool, torch.uint8)]
     if masks or not listed:
         for mask in masks:
-            yield from _positions(mask, mask.numel() // 2)
+            yield from _positions(mask, _num_marked(mask))
         return
     if not (len(call.args) > 3 and call.args[3]):
         return
@@ -281,6 +283,15 @@ def _index_put(call: Call, _: Architecture) -> Iterator[Step]:
     for _copy in range(3):  # sorted, where each came from, the numbers up to their count
         yield "temporary", indexed
     yield _temporary(partial(cub.radix_sort_bytes, _INDEX, bits), count)
+
+
+def _num_marked(mask: torch.Tensor) -> int:
+    """How many positions a mask lists: half of them where that is not known."""
+    known = value_of(mask)
+    if known is None:
+        return mask.numel() // 2
+    with unset_fake_temporarily():
+        return int(known.count_nonzero())
 
 
 def _broadcast_count(shapes: Sequence[Sequence[int]]) -> int:
