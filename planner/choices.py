@@ -44,14 +44,15 @@ def bytes_per_sample(predicted: Plan | None) -> float | None:
     return (most - below[-1][1]) / (top - below[-1][0]) if below else None
 
 
-def suspects(predicted: Plan | None) -> tuple[int, ...]:
-    """Sizes below the predicted answer that are predicted to run out of memory: worth a trial each."""
+def suspects(predicted: Plan | None, began_at: int | None = None) -> tuple[int, ...]:
+    """Sizes that a search may pass over, worth a trial each: those below the predicted answer that are predicted to run
+    out of memory, and the answer itself where one of them lies above the size that the search ``began_at``."""
     if predicted is None or not predicted.max_batch_size:
         return ()
-    below = [
-        trial.batch_size for trial in predicted.trials if trial.batch_size < predicted.max_batch_size and not trial.fits
-    ]
-    return tuple(sorted(set(below)))[-MAX_SUSPECTS:]
+    largest = predicted.max_batch_size
+    below = sorted({trial.batch_size for trial in predicted.trials if trial.batch_size < largest and not trial.fits})
+    is_behind = began_at is not None and any(size > began_at for size in below)
+    return (*below[-MAX_SUSPECTS:], *([largest] if is_behind else []))
 
 
 def beyond_largest(

@@ -274,7 +274,8 @@ class _VariantWork:
             search = self._begin_search(self.spec.search, soon, None)
             self._run_search(search, runner, num_trials=1)
             predicted = self._predicted(predictor)
-            search.expect(suspects=suspects(predicted), bytes_per_sample=bytes_per_sample(predicted))
+            worth_a_trial = suspects(predicted, began_at=soon)
+            search.expect(suspects=worth_a_trial, bytes_per_sample=bytes_per_sample(predicted))
             return self._planned(runner, predicted, self._run_search(search, runner), {})
         predicted = self._predicted(predictor)
         constraints, start = self.spec.search, predicted.max_batch_size if predicted else None

@@ -90,7 +90,7 @@ def test_what_a_prediction_says_after_the_first_trial_is_kept():
     spec = make_spec(search=SearchSpec(speed=False))
     (plan,) = plan_sweep(spec, device, predict_start=virtual, listener=first_trial_opens(gate))
     assert (plan.max_batch_size, plan.certified, plan.predicted_max_batch_size) == (9, True, 11)
-    assert device.sizes() == [9, 10]
+    assert device.sizes() == [9, 10, 11]
 
 
 def test_a_constrained_search_waits_for_its_whole_prediction():
