@@ -214,11 +214,14 @@ def shared_with_forks() -> Iterator[None]:
     """Around what this process imports and builds before it forks. The garbage collector waits meanwhile, which spares
     a tenth of the time that importing torch and transformers takes; what is left after it has run once is never looked
     at again, here or in a fork, so that its pages stay shared."""
-    gc.disable()
+    # By its threshold: a model that switches the collector off while it is built has it off.
+    threshold, *others = gc.get_threshold()
+    gc.set_threshold(0, *others)
     try:
         yield
     finally:
-        gc.enable()
+        if not gc.get_threshold()[0]:
+            gc.set_threshold(threshold, *others)
         gc.collect()
         gc.freeze()
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from planner.errors import DeviceBusy, DeviceLost, DeviceUnavailable, InvalidSpec, ModelError
-from planner.forks import Fork
+from planner.forks import Fork, shared_with_forks
 from planner.gpus import COMMUNICATOR_BYTES, default_capacity_bytes, find_gpu
 from planner.local_gpus import local_gpus
 from planner.planning import plan_sweep
@@ -335,3 +335,18 @@ def test_a_driver_that_does_not_list_processes_is_no_reason_to_stop():
         assert card.compute_processes() == []
         nvml.cards[0].used_mib = 7
         assert card.used_bytes() == 7 * MIB
+
+
+@pytest.mark.parametrize("is_switched_off", [False, True])
+def test_the_collector_waits_while_something_is_built_for_forks_and_is_then_as_that_left_it(is_switched_off):
+    before = gc.get_threshold()
+    try:
+        with shared_with_forks():
+            assert gc.get_threshold()[0] == 0
+            if is_switched_off:
+                gc.disable()
+        assert (gc.get_threshold(), gc.isenabled()) == (before, not is_switched_off)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+        gc.enable()
