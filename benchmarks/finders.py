@@ -1,11 +1,12 @@
 """Batch size finders side by side: ours, Lightning's and accelerate's, on the same model, capacity and GPU.
 
-    python benchmarks/finders.py [CASE...] [--finder NAME...] [--out FILE] [--seconds 500]
+    python benchmarks/finders.py [CASE...] [--finder NAME...] [--out FILE] [--seconds 500] [--unverified]
 
 Each finder runs in a process of its own on the same model, optimizer, precision and data, under the same limit of the
 caching allocator. Reported are its trials, the seconds of its search (for the others without imports and set-up, for
 ours with all of them; ``first_trial_s`` is when the first trial began) and of its whole process. Its answer is then run
-by one of our own trials, in a fresh process, and so is the next size. The case ``sweep`` is ours alone: six variants.
+by one of our own trials, in a fresh process, and so is the next size (not with ``--unverified``). The case ``sweep`` is
+six variants of gpt2 at once for ours, and six searches for each of the others.
 Run from the repository's root; needs one idle GPU, lightning and accelerate.
 """
 
@@ -34,31 +35,37 @@ from planner.selection import Selected, choose_device
 from planner.specs.document import parse_spec
 from planner.specs.files import read_document
 from planner.specs.model import Spec
+from planner.specs.variants import Checkpointing
 from planner.units import GIB
 
 NUM_STEPS = 3
 """Per trial: Lightning's default and ours."""
 ACCELERATE_START = 512
 """``find_executable_batch_size`` only goes down and must be told where to begin."""
+GPT2 = ("examples/gpt2-s1024.yaml", 80 * GIB)
 CASES: dict[str, tuple[str, int, dict[str, list[str]]]] = {
-    "gpt2": ("examples/gpt2-s1024.yaml", 80 * GIB, {"precision": ["bf16-amp"]}),
-    "gpt2-fp32": ("examples/gpt2-s1024.yaml", 80 * GIB, {"precision": ["fp32"]}),
+    "gpt2": (*GPT2, {"precision": ["bf16-amp"]}),
+    "gpt2-full": (*GPT2, {"precision": ["bf16-amp"], "checkpointing": ["full"]}),
+    "gpt2-fp32": (*GPT2, {"precision": ["fp32"]}),
+    "gpt2-fp32-full": (*GPT2, {"precision": ["fp32"], "checkpointing": ["full"]}),
+    "gpt2-fp16": (*GPT2, {"precision": ["fp16-amp"]}),
+    "gpt2-fp16-full": (*GPT2, {"precision": ["fp16-amp"], "checkpointing": ["full"]}),
     "unet": ("examples/unet.yaml", 40 * GIB, {"precision": ["bf16-amp"]}),
-    "sweep": (
-        "examples/gpt2-s1024.yaml",
-        80 * GIB,
-        {"precision": ["fp32", "bf16-amp", "fp16-amp"], "checkpointing": ["none", "full"]},
-    ),
+    "sweep": (*GPT2, {"precision": ["fp32", "bf16-amp", "fp16-amp"], "checkpointing": ["none", "full"]}),
 }
 """Spec, capacity and variants by name."""
+SWEPT = tuple(case for case in CASES if case.startswith("gpt2"))
+"""The variants of the sweep, each as a case."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    names = ", ".join(CASES)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{names}; without any gpt2, unet and sweep")
     parser.add_argument("--finder", nargs="+", default=list(FINDERS), choices=list(FINDERS), metavar="NAME")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     parser.add_argument("--seconds", type=float, default=500.0, help="start nothing after so many")
+    parser.add_argument("--unverified", action="store_true", help="do not run the answers")
     parser.add_argument("--run", nargs=2, metavar=("FINDER", "CASE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
@@ -70,19 +77,29 @@ def main() -> None:
     unknown = sorted({*arguments.cases} - CASES.keys())
     if unknown:
         parser.error(f"no such case: {', '.join(unknown)}")
-    for case in arguments.cases or CASES:
-        for finder in arguments.finder:
-            if (case == "sweep" and finder != "planner") or time.monotonic() > deadline:
-                continue
-            results.append({"case": case, "finder": finder, **in_process(finder, case, deadline)})
-            print(json.dumps({k: v for k, v in results[-1].items() if k != "plans"}), file=sys.stderr, flush=True)
-            if arguments.out:
-                arguments.out.write_text(json.dumps({**conditions(), "results": results}, indent=1) + "\n")
+    for case, finder in runs(arguments.cases or ["gpt2", "unet", "sweep"], arguments.finder):
+        if time.monotonic() > deadline:
+            continue
+        results.append({"case": case, "finder": finder, **in_process(finder, case, deadline)})
+        print(json.dumps({k: v for k, v in results[-1].items() if k != "plans"}), file=sys.stderr, flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps({**conditions(), "results": results}, indent=1) + "\n")
+    for case in () if arguments.unverified else dict.fromkeys(result["case"] for result in results):
         if case != "sweep":
             verify(case, [result for result in results if result["case"] == case], deadline)
     if arguments.out:
         arguments.out.write_text(json.dumps({**conditions(), "results": results}, indent=1) + "\n")
     report(results)
+
+
+def runs(cases: list[str], finders: list[str]) -> list[tuple[str, str]]:
+    """Case and finder of each process, in order; of the sweep's variants one after another for all but ours."""
+    wanted: list[tuple[str, str]] = []
+    for case in cases:
+        for finder in finders:
+            parts = SWEPT if case == "sweep" and finder != "planner" else (case,)
+            wanted += [(part, finder) for part in parts]
+    return list(dict.fromkeys(wanted))
 
 
 def load(case: str) -> tuple[Spec, int]:
@@ -145,12 +162,12 @@ def real_gpu(capacity_bytes: int) -> Selected:
 def report(results: list[dict[str, Any]]) -> None:
     """A table, each figure beside its ratio to ours."""
     print(
-        f"{'case':6} {'finder':20} {'answer':>7} {'runs':>5} {'next':>6} {'trials':>12} {'search':>16} {'process':>16}"
+        f"{'case':15} {'finder':20} {'answer':>7} {'runs':>5} {'next':>6} {'trials':>12} {'search':>16} {'process':>16}"
     )
     ours = {result["case"]: result for result in results if result["finder"] == "planner"}
     for result in results:
         if "error" in result:
-            print(f"{result['case']:6} {result['finder']:20} {result['error'][-80:]!r}")
+            print(f"{result['case']:15} {result['finder']:20} {result['error'][-80:]!r}")
             continue
         base = ours.get(result["case"], result)
 
@@ -158,7 +175,7 @@ def report(results: list[dict[str, Any]]) -> None:
             return f"{result[key]:.4g} ({result[key] / base[key]:.2f}x)" if base.get(key) else f"{result[key]:.4g}"
 
         print(
-            f"{result['case']:6} {result['finder']:20} {result.get('answer') or '-':>7} "
+            f"{result['case']:15} {result['finder']:20} {result.get('answer') or '-':>7} "
             f"{result.get('answer_runs') or '-':>5} {result.get('next_runs') or '-':>6} "
             f"{ratio('num_trials'):>12} {ratio('search_s'):>16} {ratio('wall_s'):>16}"
         )
@@ -166,16 +183,18 @@ def report(results: list[dict[str, Any]]) -> None:
 
 
 def compare_sweep(results: list[dict[str, Any]]) -> None:
-    """The sweep beside Lightning's binary search for one of its six variants, run twice."""
-    found = {(result["case"], result["finder"]): result for result in results if "error" not in result}
-    sweep, search = found.get(("sweep", "planner")), found.get(("gpt2", "lightning-binsearch"))
-    if sweep is None or search is None:
+    """The sweep beside Lightning's binary search for each of its six variants, run twice, and for their mean."""
+    done = [result for result in results if "error" not in result]
+    sweep = next((result for result in done if result["case"] == "sweep"), None)
+    searches = [result for result in done if result["finder"] == "lightning-binsearch" and result["case"] in SWEPT]
+    if sweep is None or not searches:
         return
-    for what, seconds in (("processes", search["wall_s"]), ("searches alone", search["search_s"])):
-        print(
-            f"sweep: a process of {sweep['wall_s']:.1f} s, two of Lightning's {what} {2 * seconds:.1f} s: "
-            f"{sweep['wall_s'] / (2 * seconds):.2f}x"
-        )
+    print(f"the sweep's process took {sweep['wall_s']:.1f} s; twice Lightning's binary search took")
+    names = [*[search["case"] for search in searches], *["in the mean"] * (len(searches) > 1)]
+    for key, what in (("wall_s", "as processes"), ("search_s", "without imports")):
+        seconds = [2 * search[key] for search in searches]
+        for name, twice_s in zip(names, [*seconds, sum(seconds) / len(seconds)], strict=False):
+            print(f"  {name:15} {twice_s:6.1f} s {what}: the sweep takes {sweep['wall_s'] / twice_s:.2f}x")
 
 
 def ours(spec: Spec, capacity_bytes: int) -> dict[str, Any]:
@@ -252,7 +271,7 @@ def lightning(mode: str) -> Callable[[Spec, int], dict[str, Any]]:
                 return torch.utils.data.DataLoader(samples, batch_size=self.batch_size)
 
         (variant,) = spec.variants.product()
-        precision = {"fp32": "32-true", "bf16-amp": "bf16-mixed"}[variant.precision]
+        precision = {"fp32": "32-true", "bf16-amp": "bf16-mixed", "fp16-amp": "16-mixed"}[variant.precision]
         module = Module()
         with tempfile.TemporaryDirectory() as folder:
             start = time.monotonic()
@@ -272,12 +291,10 @@ def accelerate(spec: Spec, capacity_bytes: int) -> dict[str, Any]:
     from accelerate import Accelerator
     from accelerate.utils import find_executable_batch_size
 
-    from planner.training import build_model
-
     _, samples = _plain(spec, capacity_bytes)
     tried: list[int] = []
     (variant,) = spec.variants.product()
-    accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16-amp": "bf16"}[variant.precision])
+    accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16-amp": "bf16", "fp16-amp": "fp16"}[variant.precision])
 
     @find_executable_batch_size(starting_batch_size=ACCELERATE_START)  # type: ignore[untyped-decorator]
     def train(batch_size: int) -> int:
@@ -285,7 +302,7 @@ def accelerate(spec: Spec, capacity_bytes: int) -> dict[str, Any]:
         tried.append(batch_size)
         accelerator.free_memory()
         loader = torch.utils.data.DataLoader(samples, batch_size=batch_size)
-        model = build_model(spec)
+        model = _checkpointed(spec)
         model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader)
         for _, batch in zip(range(NUM_STEPS), loader, strict=False):
             optimizer.zero_grad()
@@ -303,12 +320,11 @@ def _plain(spec: Spec, capacity_bytes: int) -> tuple[Any, Any]:
     import torch
 
     from planner.runtime.context import memory_fraction
-    from planner.training import build_model
     from planner.training.data import make_batch
 
     total_bytes = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(memory_fraction(capacity_bytes, total_bytes), 0)
-    model = build_model(spec)
+    model = _checkpointed(spec)
     sample = {name: item[0] for name, item in make_batch(spec, model, 1, torch.device("cpu")).items()}
 
     class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -319,6 +335,18 @@ def _plain(spec: Spec, capacity_bytes: int) -> tuple[Any, Any]:
             return sample
 
     return model, Samples()
+
+
+def _checkpointed(spec: Spec) -> Any:
+    """The model on the CPU, with the checkpointing of the spec's one variant."""
+    from planner.training import build_model
+    from planner.training.checkpointing import enable_checkpointing
+
+    (variant,) = spec.variants.product()
+    model = build_model(spec)
+    if variant.checkpointing is not Checkpointing.NONE:
+        enable_checkpointing(model, variant.checkpointing)
+    return model
 
 
 def _result(answer: int | None, tried: list[int], search_s: float) -> dict[str, Any]:
