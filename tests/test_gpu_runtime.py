@@ -15,7 +15,7 @@ from planner.runtime.card import IDLE_BYTES, Card, wait_until_idle
 from planner.runtime.device import LocalDevice
 from planner.selection import choose_device
 from planner.specs.document import parse_spec
-from planner.specs.variants import Variant
+from planner.specs.variants import Precision, Variant
 from planner.trials import Outcome, PlanStatus, Source
 from planner.units import GIB, MIB
 from tests.planning_fakes import ThresholdDevice
@@ -117,6 +117,31 @@ def test_after_an_out_of_memory_the_next_trial_is_as_if_it_had_not_been(device):
     assert "out of memory" in oom.error
     assert oom.peaks.reserved_bytes <= 4 * GIB
     assert after.peaks.allocated_bytes == before.peaks.allocated_bytes
+
+
+def test_skipped_updates_hide_no_optimizer_state(device):
+    """A scaler that begins with 65,536 skips two updates of a model that overflows above 20,000."""
+    calm, overflowing = (fp16_trial(device, most) for most in (1e9, 20_000.0))
+    assert calm.fits
+    assert overflowing.fits
+    assert "num_skipped_updates" not in calm.details
+    assert overflowing.details["num_skipped_updates"] == 2
+    assert overflowing.details["num_steps"] >= 4
+    assert overflowing.peaks.allocated_bytes == calm.peaks.allocated_bytes
+
+
+def test_a_trial_whose_updates_are_all_skipped_says_nothing_about_memory(device):
+    trial = fp16_trial(device, 1e-5)
+    assert trial.outcome is Outcome.FAILED
+    assert "gradients overflowed in each of 24 steps" in trial.error
+
+
+def fp16_trial(device, most):
+    model = {"source": "python", "target": "tests.runtime_cpu_model:Overflowing", "args": {"most": most}}
+    data = {"kind": "tensors", "inputs": {"x": {"shape": [8], "dtype": "float32"}}}
+    spec = parse_spec({"model": model, "data": data, "train": {"optimizer": "adamw"}})
+    with device.open(spec, Variant(precision=Precision.FP16_AMP)) as runner:
+        return runner.run(4, fresh=True)
 
 
 def test_a_warm_process_shows_what_a_fresh_one_shows(device):
