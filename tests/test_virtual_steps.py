@@ -219,7 +219,7 @@ mask[:, 3:9] = True
 marked = torch.tensor(mask.tolist(), device=device)
 before = len(trace.sizes)
 values[marked] = torch.empty(8, device=device)
-values[torch.empty(4, 100, device=device) > 0] = 0.0
+values[torch.empty(4, 100, device=device) > 0] = torch.empty(8, device=device)
 found = zip(trace.sizes[before:], trace.operators[before:])
 result = [size for size, name in found if "index_put" in name]
 """

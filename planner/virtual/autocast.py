@@ -1,8 +1,9 @@
 """Autocast as CUDA does it: which operators run in lower precision, which in float32, and the cache of cast weights.
 
 The lists are those of ``AT_FORALL_LOWER_PRECISION_FP``, ``AT_FORALL_FP32``, ``AT_FORALL_FP32_SET_OPT_DTYPE`` and
-``AT_FORALL_PROMOTE`` in aten/src/ATen/autocast_mode.h; the rules of the cache are ``cached_cast`` in
-aten/src/ATen/autocast_mode.cpp.
+``AT_FORALL_PROMOTE`` in aten/src/ATen/autocast_mode.h; ``linalg_matrix_sqrth``, which knows no lower precision, is
+registered beside them since torch 2.15 (github.com/pytorch/pytorch/pull/187987). The rules of the cache are
+``cached_cast`` in aten/src/ATen/autocast_mode.cpp.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss sm
 margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss
 binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d _upsample_nearest_exact1d
 upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d upsample_linear1d
-upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa""".split()
+upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa
+linalg_matrix_sqrth""".split()
 
 # Run in their input's precision and return float32, by being given ``dtype=float32`` where the caller gave none.
 FLOAT32_RESULT = "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum".split()
