@@ -213,16 +213,18 @@ result = found
 
 def test_meta_kernels_give_the_layouts_that_the_fake_mode_gives(process: Process) -> None:
     code = """
+import functools
 from torch.utils._python_dispatch import _pop_mode_temporarily
 from planner.virtual.recorder import _BY_META_KERNEL
 from planner.virtual.repeats import by_meta_kernel
 
 def new(*shape, dtype=torch.float32):
-    return torch.empty(*shape, device=device, dtype=dtype)
+    return torch.empty(shape, device=device, dtype=dtype)
 
 x, image = new(3, 6, 8).transpose(1, 2), new(2, 3, 4, 5)
 mask, matrix, low = new(3, 8, 6, dtype=torch.bool), new(6, 8).t(), new(8, 6, dtype=torch.bfloat16)
 w, mean = new(6), new(3, 8, 1)
+scores, labels, one = new(8, 6), new(8, dtype=torch.int64), new()
 samples = {
     "_log_softmax": [(x, -1, False), (low, 0, False)],
     "_softmax": [(x, 1, False), (low, -1, False)],
@@ -233,22 +235,33 @@ samples = {
         (x[:, ::2], dict(dtype=torch.half)),
         (image, dict(memory_format=torch.channels_last)), (image.expand(2, 3, 4, 5)[:, :1], dict(dtype=torch.half)),
     ],
+    "_unsafe_view": [(low, [4, 12]), (new(3, 1, 8), [3, 8])],
     "addmm": [(new(5), matrix, new(6, 5)), (new(8, 5), matrix, new(6, 5), dict(beta=0.5))],
+    "as_strided": [(x, [3, 5], [48, 1], 2), (x[1:], [2, 6], [6, 1])],
     "bmm": [(x, new(3, 6, 5))],
+    "expand": [(mean, [3, 8, 6]), (x[:, :1], [3, 8, 6]), (w, [2, -1])],
     "mm": [(matrix, new(6, 5)), (low, low.t())],
     "native_dropout": [(x, 0.1, True), (x, 0.0, True), (low, 0.5, True)],
     "native_dropout_backward": [(x, mask, 1.5), (low, mask[0], 1.0)],
     "native_layer_norm": [(x, [6], w, w, 1e-5), (x, [6], None, None, 1e-5)],
+    "nll_loss_backward": [(one, scores, labels, None, reduction, -100, one) for reduction in (1, 2)],
+    "nll_loss_forward": [(scores, labels, None, reduction, -100) for reduction in (0, 1, 2)],
     "silu_backward": [(x, x), (x, new(3, 8, 6))],
     "slice_backward": [(new(3, 2, 6), [3, 8, 6], 1, 2, 6, 2)],
+    "t": [(matrix,), (w,), (low[2:],)],
     "tanh_backward": [(x, x), (low, low)],
     "threshold_backward": [(x, x, 0), (new(3, 8, 6), x, 0)],
+    "unsqueeze": [(x, 1), (x[:, 2:], -1), (w, 0)],
+    "view": [(image, [6, 20]), (x, [3, 2, 4, 6]), (image[1:], [1, -1]), (new(2, 1, 4), [2, 4]), (mean, [1, 24])],
 }
 
-def layouts(found):
+def layouts(found, given):
     items = (found,) if isinstance(found, torch.Tensor) else found
     return [
-        item if item is None else [list(item.shape), list(item.stride()), str(item.dtype), str(item.device)]
+        item if item is None else [
+            list(item.shape), list(item.stride()), item.storage_offset(), str(item.dtype), str(item.device),
+            item.untyped_storage()._cdata == given.untyped_storage()._cdata,
+        ]
         for item in items
     ]
 
@@ -258,8 +271,8 @@ with _pop_mode_temporarily():
         for sample in samples[func._overloadpacket.__name__]:
             named = sample[-1] if isinstance(sample[-1], dict) else {}
             args = sample[: len(sample) - bool(named)]
-            expected, found = layouts(func(*args, **named)), layouts(by_meta_kernel(func, *args, **named))
-            result.append([str(func), expected, found])
+            expected, found = (call(*args, **named) for call in (func, functools.partial(by_meta_kernel, func)))
+            result.append([str(func), layouts(expected, args[0]), layouts(found, args[0])])
 """
     has_samples_for_all, *compared = process.run(code)
     assert has_samples_for_all

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import lzma
+import subprocess
+import sys
 from pathlib import Path
 
 from planner.allocator import AllocatorConfig, Events
@@ -102,6 +104,27 @@ def test_a_capacity_is_replayed_once() -> None:
     number = replays.number
     replays.make_all()
     assert (replays.needed_bytes, replays.spread, replays.number) == (needed, spread, number)
+
+
+def test_two_processes_replay_what_one_does() -> None:
+    """In a process of its own: a fork that ends has every other child of its process killed."""
+    code = """
+from tests.test_virtual_replays import CAPACITY, CONFIG, GIB, TraceFamily, Replays, _trace
+events = TraceFamily(_trace).scaled(11).events
+one, two, part = (Replays(events, CONFIG, CAPACITY, 80 * GIB) for _ in range(3))
+one.make_all()
+part.make_all(iter([False] * 4 + [True]).__next__)
+assert 0 < part.number < one.number
+for replays in (two, part):
+    replays.make_all_in_two()
+    made = replays.number
+    assert (replays.needed_bytes, replays.spread, replays.number) == (one.needed_bytes, one.spread, one.number)
+    assert replays.number == made
+    assert replays._reserved_elsewhere == one._reserved_elsewhere
+print("the same")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.stdout == "the same\n", run.stderr
 
 
 def test_what_fits_under_the_capacity_needs_no_more() -> None:

@@ -206,8 +206,8 @@ def replay(
                             where[event] = malloc(size) if streams is None else malloc(size, streams[event])
                         if allocator.allocated_bytes > peak:
                             peak, peak_index = allocator.allocated_bytes, index
-                elif where[~event]:
-                    free(where[~event])
+                elif address := where[~event]:
+                    free(address)
                 if timeline:
                     allocated_timeline.append(allocator.allocated_bytes)
                     reserved_timeline.append(allocator.reserved_bytes)

@@ -84,6 +84,7 @@ class Predictor:
             fresh=fresh,
             ahead=[batch_size + number * multiple_of for number in range(1, 1 + _AHEAD)],
             kept=self._replays,
+            may_fork=True,
             config=parse_conf(allocator_conf),
             capacity_bytes=capacity_bytes,
             device_total_bytes=device_total_bytes,

@@ -49,6 +49,7 @@ def predict_trial(
     compute_capability: tuple[int, int],
     ahead: Sequence[int] = (),
     kept: KeptReplays | None = None,
+    may_fork: bool = False,
 ) -> dict[str, Any]:
     """The outcome and peaks of ``batch_size`` under ``capacity_bytes``, as JSON data: of as many steps as a trial on a
     GPU would take.
@@ -58,6 +59,7 @@ def predict_trial(
     reserve with no limit, with the interval that the true figure is expected in. Any other only narrows a search.
 
     While a trace is waited for, the sizes ``ahead`` are replayed, which may be asked for next; ``kept`` keeps them.
+    What is left then is replayed in two processes where this one ``may_fork``.
     """
     start = time.perf_counter()
     kept = kept or KeptReplays()
@@ -83,6 +85,8 @@ def predict_trial(
     scaled = family.checked(batch_size, beside) if fresh else family.scaled(batch_size)
     replays = replays_of(scaled.events)
     used.add(replays)
+    if fresh and may_fork:
+        replays.make_all_in_two()
     limited, free = replays.limited, replays.free
     # Where memory ran out the peaks are those of a run with no limit: what the batch would take.
     peaks = limited if limited.fits else free

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from planner.errors import ModelError
 from planner.virtual import assumptions, convolution_kernels, ctc, norms, packing, recurrent, repeats, values
 from planner.virtual.attention import adds_in_place
-from planner.virtual.backend import NAME
+from planner.virtual.backend import NAME, install
 from planner.virtual.fills import check_fill
 from planner.virtual.indices import check_indices
 from planner.virtual.kernels import Kernels
@@ -83,9 +83,9 @@ _ONE_BY_ONE = [getattr(aten, f"_foreach_{name}").default for name in ("sqrt", "n
 
 _BY_META_KERNEL = [
     packet.default
-    for name in """_log_softmax _safe_softmax _softmax _softmax_backward_data _to_copy addmm bmm mm native_dropout
-    native_dropout_backward native_layer_norm silu_backward slice_backward tanh_backward
-    threshold_backward""".split()
+    for name in """_log_softmax _safe_softmax _softmax _softmax_backward_data _to_copy _unsafe_view addmm as_strided bmm
+    expand mm native_dropout native_dropout_backward native_layer_norm nll_loss_backward nll_loss_forward silu_backward
+    slice_backward t tanh_backward threshold_backward unsqueeze view""".split()
     if (packet := getattr(aten, name, None)) is not None
 ]
 """Operators of which ``FakeTensorMode`` says the same, and is slow to say it."""
@@ -150,6 +150,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         }
         self._convolutions: dict[tuple[Any, ...], int] = {}  # PyTorch keeps their plans for each thread
         self._main = threading.get_ident()
+        self._device = install()
         self._has_launched = False
         self.is_stepping = False
         """Whether weights are there and steps are taken: copying them launches no kernel."""
@@ -275,8 +276,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         born: list[tuple[torch.UntypedStorage, int]] = []
         new: set[int] = set()
         touched = False
-        for item in (outputs,) if isinstance(outputs, torch.Tensor) else values.tensors_of(outputs):
-            if isinstance(item, FakeTensor) and item.fake_device.type == NAME:
+        for item in (outputs,) if isinstance(outputs, FakeTensor) else values.tensors_of(outputs):
+            if isinstance(item, FakeTensor) and item.fake_device == self._device:
                 touched = True
                 storage = item.untyped_storage()
                 key = storage._cdata

@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 import torch
+
+# By name: to look one up in torch's modules takes a good part of the time that a call takes, and these are called for
+# each answer.
+from torch import empty, empty_strided, is_inference_mode_enabled
+from torch._C import _DisableTorchDispatch, _set_throw_on_mutable_data_ptr
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from planner.virtual.operators import Operator
@@ -64,18 +69,23 @@ class Result:
         argument = call.tensors[self.argument]
         if self.layout is None:
             return argument
-        shape, stride, offset, dtype, device = self.layout
-        with torch._C._DisableTorchDispatch():
-            # A third of the time of as_strided, which asks a fake for its device.
-            meta = torch.empty(0, dtype=dtype, device=_META).set_(argument.untyped_storage(), offset, shape, stride)
-        return _fake(argument.fake_mode, meta, device)
+        with _DisableTorchDispatch():
+            meta = _meta_of(argument, self.layout)
+        return _fake(argument.fake_mode, meta, self.layout.device)
+
+
+def _meta_of(tensor: FakeTensor, layout: Layout) -> torch.Tensor:
+    """A meta tensor of that layout in the memory of ``tensor``, to be made where dispatch to Python is switched off."""
+    shape, stride, offset, dtype, _ = layout
+    # A third of the time of as_strided, which asks a fake for its device.
+    return empty(0, dtype=dtype, device=_META).set_(tensor.untyped_storage(), offset, shape, stride)
 
 
 def new_tensor(mode: FakeTensorMode, layout: Layout) -> FakeTensor:
     """A tensor of that layout with a storage of its own."""
     shape, stride, _, dtype, device = layout
-    with torch._C._DisableTorchDispatch():
-        meta = torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+    with _DisableTorchDispatch():
+        meta = empty_strided(shape, stride, dtype=dtype, device=_META)
     return _fake(mode, meta, device)
 
 
@@ -105,10 +115,11 @@ def like_each(tensors: Sequence[FakeTensor]) -> list[FakeTensor] | None:
 
 
 _META = torch.device("meta")
+_make_subclass = torch.Tensor._make_subclass
 
 
 def by_meta_kernel(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """What ``func``, which returns new tensors alone, returns by torch's meta kernel: in a fifth of the time that
+    """What ``func``, which returns new tensors or views, returns by torch's meta kernel: in a fifth of the time that
     ``FakeTensorMode`` takes for the same, which decomposes many operators in Python. It is asked where tensors are not
     plain or not all on one device."""
     given: list[Any] = list(tensors_of((args, kwargs)))
@@ -120,7 +131,7 @@ def by_meta_kernel(func: Any, *args: Any, **kwargs: Any) -> Any:
 
     def meta(item: Any) -> Any:
         if isinstance(item, FakeTensor):
-            return torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device=_META)
+            return _meta_of(item, Layout.of(item))
         if isinstance(item, (list, tuple)):
             return [meta(each) for each in item]
         return _META if isinstance(item, torch.device) else item
@@ -141,8 +152,8 @@ def _fake(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) -> Fak
         made = FakeTensor(mode, meta, device)
         mode.__dict__["_planner_attributes"][device] = {**made.__dict__, "_planner_plain": True}
         return made
-    made = torch.Tensor._make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device)
-    torch._C._set_throw_on_mutable_data_ptr(made)
+    made = _make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device)
+    _set_throw_on_mutable_data_ptr(made)
     made.__dict__.update(attributes)
     return made
 
@@ -157,6 +168,8 @@ class Answer:
 
     def made(self, call: Call) -> Any:
         """New tensors as the operator would return them to ``call``."""
+        if self.container is None and len(self.results) == 1 and isinstance(self.results[0], Result):
+            return self.results[0].made(call)
         made = [result.made(call) if isinstance(result, Result) else result for result in self.results]
         if self.container is not None:
             return self.container(made)
@@ -165,7 +178,7 @@ class Answer:
 
 def described(operator: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Call | None:
     """The call as a key, ``None`` for one that has to be asked."""
-    if torch.is_inference_mode_enabled():
+    if is_inference_mode_enabled():
         return None
     key: list[Any] = [id(operator.func)]
     tensors: list[FakeTensor] = []
