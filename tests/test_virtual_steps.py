@@ -43,7 +43,10 @@ def _recorded(name: str) -> dict[str, Any]:
 
 
 def _spec(recorded: dict[str, Any]) -> Any:
-    return read_document(ROOT / f"measurements/specs/{recorded['spec']}.yaml")
+    document: Any = read_document(ROOT / f"measurements/specs/{recorded['spec']}.yaml")
+    if document["model"]["source"] == "python":
+        document["model"]["target"] = "examples." + document["model"]["target"]
+    return document
 
 
 def _differing(process: Process, recorded: dict[str, Any]) -> tuple[int, int]:
@@ -62,6 +65,9 @@ def _differing(process: Process, recorded: dict[str, Any]) -> tuple[int, int]:
     "name",
     [
         "resnext50-timm.fp32.none.0.8",  # segments that are taken before the first kernel lie elsewhere than later ones
+        "unet-256.bf16-amp.none.0.1",  # the heap of the first kernel that asserts lies among segments
+        "unet-256.bf16-amp.none.0.2",
+        "wav2vec2-bert.fp32.none.0.1",  # so do handles, and code that attention brings
         "eva02-tiny-timm.bf16.full.0.494",  # 126,958 rows of 192: gradients of a layer norm's weight in two steps
         pytest.param(
             "vit-b-32-torchvision.bf16.selective.0.198",  # a mode looks on: biases are not added in place

@@ -24,6 +24,9 @@ class AddressSpace(Protocol):
     def load_library(self, size: int) -> None:
         """A library (cuBLAS) takes ``size`` bytes from the driver. Its workspace is the next segment."""
 
+    def take(self, size: int) -> None:
+        """The driver takes ``size`` bytes for itself."""
+
 
 _TOP = 1 << 52
 """Higher than any process has it: a batch size that fits nowhere may take hundreds of TiB."""
@@ -39,24 +42,27 @@ class _Range:
 
 
 class TopDownAddresses:
-    """Addresses as cudaMalloc chose them in recorded processes, as far as they follow a rule.
+    """Addresses as the driver chose them in recorded processes.
 
-    The kernel gives the driver ranges of a multiple of 32 MiB (mmap), each at the top of the highest gap that it fits
-    in. A segment goes to the newest range with room for it, there to the lowest address, else to a new range; a range
-    that is wholly free goes back to the kernel. CUDA's start leaves 24 MiB free in one range and 2 MiB in a newer one,
-    whose other 414 MiB loading the first kernel frees: a hole where a segment lies in the 2 MiB by then, else a gap, of
-    which cuBLAS's kernels take what is left once its workspace is there.
+    The kernel gives the driver ranges of a multiple of 32 MiB, each at the top of the highest gap that it fits in with
+    32 MiB more (mmap, of which what is not aligned goes back). A segment, and what the driver takes for itself, goes to
+    the newest range with room for it, there to the lowest address, else to a new range; a range that is wholly free
+    goes back to the kernel. CUDA's start leaves 24 MiB free in one range and 2 MiB in a newer one. The first kernel but
+    those that draw random numbers frees the other 414 MiB there (a hole where something lies in the 2 MiB by then, else
+    a gap, of which cuBLAS's kernels take what is left once its workspace is there) for 504 elsewhere, and a piece of
+    code: threads' own memory, it seems, of which it needs more.
 
-    *Measured* on an H200 (torch 2.11, ``measurements/h200/spread.json.gz`` and the traces in ``peaks.json.gz``): these
-    figures were the same in every process. Those that did nothing before (ten of gpt2, five of each of five others)
-    reserved the same bytes, though ranges lay in other orders (weights that leave the CPU make gaps). Where a kernel
-    ran before the weights came, they took the 414 MiB, and up to 7% more or less was reserved in the end.
+    *Measured* on an H200 (torch 2.11, ``measurements/h200/driver.json.xz``): with each range where it was recorded,
+    this gives the address of every segment of 28 processes. Where ranges lie is a process's own: weights that leave the
+    CPU make gaps, and threads take parts.
     """
 
     RANGE_BYTES = 32 * MIB
     OLDER_REST_BYTES = 24 * MIB
     NEWER_REST_BYTES = 2 * MIB
     FREED_BY_LOADING_BYTES = 414 * MIB
+    TAKEN_BY_LOADING_BYTES = 504 * MIB
+    PIECE_BYTES = 2 * MIB
 
     def __init__(self) -> None:
         self._bottom = _TOP
@@ -76,9 +82,14 @@ class TopDownAddresses:
     def load_kernels(self) -> None:
         if not self._loaded:
             self._loaded = True
-            # What runs a kernel first of all has what that writes to in the range.
-            give = self._free if self._of_segment else self._open
-            give(self._newer, self._newer.address, self.FREED_BY_LOADING_BYTES)
+            if not self._of_segment:  # the process's first kernel: it brings code too
+                self._place(self.PIECE_BYTES)
+            self._free(self._newer, self._newer.address, self.FREED_BY_LOADING_BYTES)
+            self._place(self.TAKEN_BY_LOADING_BYTES)
+            self._place(self.PIECE_BYTES)
+
+    def take(self, size: int) -> None:
+        self._place(size)
 
     def load_library(self, size: int) -> None:
         self._place(size)
@@ -116,17 +127,19 @@ class TopDownAddresses:
         if among.free == [(among.address, among.size)]:
             self._ranges.remove(among)
             _give_back(self._gaps, among.address, among.size)
+            if self._gaps[0][0] == self._bottom:
+                self._bottom = sum(self._gaps.pop(0))
 
     def _open(self, among: _Range, address: int, size: int) -> None:
         """Make a hole there."""
         self._no_room_for = max(self._no_room_for, _give_back(among.free, address, size) + 1)
 
     def _take(self, size: int) -> int:
-        """The kernel's part: where ``size`` bytes lie that it maps."""
+        """The kernel's part: where ``size`` bytes lie that it maps, aligned."""
         for index in reversed(range(len(self._gaps))):
             address, free = self._gaps[index]
-            if free >= size:
-                self._gaps[index : index + 1] = [(address, free - size)] if free > size else []
+            if free >= size + self.RANGE_BYTES:
+                self._gaps[index] = (address, free - size)
                 return address + free - size
         self._bottom -= size
         return self._bottom

@@ -282,3 +282,6 @@ class _RecordedAddresses(AddressSpace):
 
     def load_library(self, size: int) -> None:
         """Likewise."""
+
+    def take(self, size: int) -> None:
+        """Likewise."""

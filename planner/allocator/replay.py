@@ -51,6 +51,8 @@ class Events:
     library_bytes: Mapping[int, int] = field(default_factory=dict)
     """What libraries take from the driver themselves before an event, by its index. It counts to no figure here, but
     lies among the segments."""
+    driver_bytes: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """What the driver takes for itself before an event, one by one, by its index: likewise."""
     first_kernel: int = 0
     """The event before which the driver loads the first kernel (``AddressSpace.load_kernels``): weights are copied and
     random numbers drawn before it; 0 where that is not known."""
@@ -62,6 +64,8 @@ class Events:
         """What the driver does before event ``index``, beside what the allocator asks of it."""
         if index == self.first_kernel:
             addresses.load_kernels()
+        for size in self.driver_bytes.get(index, ()):
+            addresses.take(size)
         if index in self.library_bytes:
             addresses.load_library(self.library_bytes[index])
 
@@ -182,7 +186,9 @@ def replay(
 
     def spans() -> Iterator[tuple[int, int]]:
         ends = {end for _, end in events.steps}
-        for start, end in pairwise(sorted({0, events.first_kernel, *events.library_bytes, *ends, len(events)})):
+        for start, end in pairwise(
+            sorted({0, events.first_kernel, *events.library_bytes, *events.driver_bytes, *ends, len(events)})
+        ):
             events.prepare(start, allocator.driver.addresses)
             yield start, end
             if end in ends:

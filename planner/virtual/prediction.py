@@ -151,6 +151,7 @@ def needed_without_update(
         steps=[(start, index)],
         successors=None,
         library_bytes={at: taken for at, taken in scaled.events.library_bytes.items() if at < index},
+        driver_bytes={at: taken for at, taken in scaled.events.driver_bytes.items() if at < index},
     )
     return Replays(first, config, capacity_bytes, device_total_bytes).needed_bytes
 

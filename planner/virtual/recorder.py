@@ -22,6 +22,7 @@ from planner.errors import ModelError
 from planner.virtual import assumptions, convolution_kernels, ctc, norms, packing, recurrent, repeats, values
 from planner.virtual.attention import adds_in_place
 from planner.virtual.backend import NAME, install
+from planner.virtual.driver_memory import DriverMemory
 from planner.virtual.fills import check_fill
 from planner.virtual.indices import check_indices
 from planner.virtual.kernels import Kernels
@@ -152,6 +153,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._main = threading.get_ident()
         self._device = install()
         self._has_launched = False
+        self.driver_memory = DriverMemory()
         self.is_stepping = False
         """Whether weights are there and steps are taken: copying them launches no kernel."""
         self.in_optimizer = False
@@ -201,6 +203,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if known is not None:
                 if values.is_assumed(args):
                     self.trace.note(assumptions.BALANCED)
+                if args[0].device.type == NAME and self.is_stepping:
+                    self.trace.take(self.driver_memory.of_launch(operator.packet, args, None))
                 with unset_fake_temporarily():
                     return known.item()
             if args[0].device.type == NAME and self.in_own_step and not self.in_optimizer:
@@ -291,6 +295,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._has_launched and not trace.first_kernel:  # what the first one takes is there before it is launched
             trace.first_kernel = len(trace.events)
         self._has_launched |= self.is_stepping and operator.launches
+        driver = self.driver_memory if self.is_stepping else None
         owner = self.owners.enter_operator(in_optimizer=self.in_optimizer)
         sizes = [size for _, size in born]
         if seen is not None and seen.sizes == sizes:
@@ -298,6 +303,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if seen.is_plain:
                 for storage, size in born:
                     self._birth(storage, size, name, owner, None)
+                if driver is not None:
+                    trace.take(driver.of_handles(packet, self._thread()))
+                    trace.take(driver.of_launch(packet, args, outputs))
                 return
         else:
             steps = list(self.kernels.of_call(Call(packet, args, kwargs, sizes)))
@@ -310,12 +318,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         own_size: int | Formula | None = None
         if operator.has_handles:
             steps = [*steps, *self.kernels.of_handles(packet, self._thread())]
+        if driver is not None and not born:
+            trace.take(driver.of_handles(packet, self._thread()))
         for kind, value in steps:
             if kind == "output":
                 assert isinstance(value, int)
                 self._birth(*born[value], name, owner, own_size)
                 in_host_memory.discard(value)
                 own_size = None
+                if driver is not None:  # workspaces come after a handle
+                    trace.take(driver.of_handles(packet, self._thread()))
             elif kind == "size":
                 own_size = value
             elif kind == "free":
@@ -334,6 +346,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(value, Workspace):
                     key = (self._thread(), value.convolution, value.numbers)
                     trace.convolutions[block] = self._convolutions.setdefault(key, len(self._convolutions))
+        if driver is not None:
+            trace.take(driver.of_launch(packet, args, outputs))
         if not operator.is_modelled:
             involved = values.tensors_of((args, kwargs, outputs))
             touched_bytes = sum(item.numel() * item.element_size() for item in involved if isinstance(item, FakeTensor))

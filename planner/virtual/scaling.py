@@ -158,6 +158,7 @@ def events_of(trace: Trace, sizes: list[int]) -> Events:
         steps=trace.steps,
         successors=trace.successors,
         library_bytes=trace.library_bytes,
+        driver_bytes=trace.driver_bytes,
         first_kernel=trace.first_kernel,
     )
 

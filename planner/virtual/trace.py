@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
@@ -110,6 +110,8 @@ class Trace:
     """Whether half of what the last step left beyond what it found is for Python's garbage collector to free."""
     library_bytes: dict[int, int] = field(default_factory=dict)
     """As ``planner.allocator.Events`` has them."""
+    driver_bytes: dict[int, list[int]] = field(default_factory=dict)
+    """As ``planner.allocator.Events`` has them."""
     first_kernel: int = 0
     """As ``planner.allocator.Events`` has it."""
     notes: list[str] = field(default_factory=list)
@@ -123,6 +125,11 @@ class Trace:
     """The ``Purpose`` of each block."""
     phases: list[tuple[int, int]] = field(default_factory=list)
     """``(index into events, Phase)``: where each part of a step begins."""
+
+    def take(self, sizes: Iterable[int]) -> None:
+        """The driver takes so many bytes for itself now, one after another."""
+        for size in sizes:
+            self.driver_bytes.setdefault(len(self.events), []).append(size)
 
     def allocate(self, size: int | Formula, operator: str, owner: int = 0, purpose: Purpose = Purpose.TENSOR) -> int:
         """A new block of ``size`` bytes; returns its number."""
