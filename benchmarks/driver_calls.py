@@ -6,8 +6,8 @@
 A ``CASE`` is ``SPEC,PRECISION,CHECKPOINTING,SIZE[,FLAVOUR...]``; those of ``CASES`` where none is given. Each flavour
 is a fresh process that takes three training steps: ``plain``; with batches of a ``loader`` that pins memory; ``copied``
 from the host; with a ``tensor`` made before the weights come; with the model made ``on_gpu``. Recorded are the peaks
-after each step, the allocator's segments, and the calls that ``driver_calls.c`` notes. ``compare`` prints both peaks of
-reserved bytes: measured, and predicted for the plain process. Run from the repository's root.
+after each step, the allocator's segments, and the calls that ``driver_calls.c`` notes. ``compare`` prints peaks of
+reserved bytes: as measured, in each run, and predicted for the plain process. Run from the repository's root.
 """
 
 from __future__ import annotations
@@ -159,14 +159,17 @@ def compare(case: str, rows: list[dict[str, Any]]) -> None:
         return {"peaks": [result.peak_allocated_bytes, result.peak_reserved_bytes]}
 
     found = in_fork(predicted, 600)
-    by_flavour = {row["flavour"]: row["steps"][-1][1] for row in rows if row["case"] == case}
-    measured = by_flavour.get("plain")
-    if "peaks" not in found or measured is None:
-        print(case, found, by_flavour, flush=True)
+    measured: dict[str, list[int]] = {}
+    for row in rows:
+        if row["case"] == case:
+            measured.setdefault(row["flavour"], []).append(row["steps"][-1][1])
+    if "peaks" not in found or "plain" not in measured:
+        print(case, found, measured, flush=True)
         return
     mine = found["peaks"][1]
-    print(f"{case}: predicted {mine >> 20} MiB, {mine / measured - 1:+.2%};", end=" ")
-    print(", ".join(f"{flavour} {size >> 20}" for flavour, size in by_flavour.items()), flush=True)
+    errors = ", ".join(f"{mine / size - 1:+.2%}" for size in measured["plain"])
+    each = ", ".join(f"{flavour} {[size >> 20 for size in sizes]}" for flavour, sizes in measured.items())
+    print(f"{case}: predicted {mine >> 20} MiB, {errors}; measured {each}", flush=True)
 
 
 def main() -> None:

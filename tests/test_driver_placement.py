@@ -24,7 +24,7 @@ HOST_SHARED = 1 << 40
 
 def _processes() -> list[Any]:
     rows = json.loads(lzma.decompress(FILE.read_bytes()))["rows"]
-    return [pytest.param(row, id=f"{row['case']}-{row['flavour']}") for row in rows if row["calls"]]
+    return [pytest.param(row, id=f"{row['case']}-{row['flavour']}-{row.get('run', 1)}") for row in rows if row["calls"]]
 
 
 class RecordedRanges(TopDownAddresses):

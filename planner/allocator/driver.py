@@ -53,7 +53,7 @@ class TopDownAddresses:
     code: threads' own memory, it seems, of which it needs more.
 
     *Measured* on an H200 (torch 2.11, ``measurements/h200/driver.json.xz``): with each range where it was recorded,
-    this gives the address of every segment of 28 processes. Where ranges lie is a process's own: weights that leave the
+    this gives the address of every segment of 65 processes. Where ranges lie is a process's own: weights that leave the
     CPU make gaps, and threads take parts.
     """
 

@@ -2,7 +2,7 @@
 
 It counts to no figure of the allocator, but lies among its segments, and so decides where later ones lie.
 
-*Measured* on an H200 (torch 2.11.0+cu130, driver 580): where 28 processes had device memory mapped
+*Measured* on an H200 (torch 2.11.0+cu130, driver 580): where 65 processes had device memory mapped
 (``measurements/h200/driver.json.xz``), and in which calls. The same kinds of call took the same in all of them. Not
 foretold: code for which the last piece has no room any more, one to three pieces of 2 MiB a process.
 """
