@@ -103,6 +103,24 @@ def test_tied_weights_stay_tied(process: Process) -> None:
     assert before_steps.count(weight) == 1
 
 
+def test_a_constant_is_made_in_the_engines_thread_too(process: Process) -> None:
+    code = """
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(context, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * torch.tensor([2.0] * 8, device=gradient.device)
+
+values = torch.empty(5, 8, device=device, requires_grad=True)
+Scaled.apply(values).sum().backward()
+result = list(values.grad.shape)
+"""
+    assert process.run(code) == [5, 8]
+
+
 def test_two_gradients_of_one_weight_are_added_in_place(process: Process) -> None:
     code = """
 weight = torch.nn.Parameter(torch.empty(1000, 1000, device=device))

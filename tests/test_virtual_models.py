@@ -46,6 +46,18 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
         TOKENS,
         {"precision": "bf16-amp", "checkpointing": "full"},
     ),
+    "gpt_neo, a constant that a checkpointed block makes": (
+        _transformers(
+            "gpt_neo",
+            "causal-lm",
+            hidden_size=64,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+        ),
+        TOKENS,
+        {"precision": "bf16-amp", "checkpointing": "full"},
+    ),
     "mixtral, experts": (
         _transformers("mixtral", "causal-lm", num_key_value_heads=2, num_local_experts=4, **SMALL),
         TOKENS,

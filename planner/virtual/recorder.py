@@ -120,6 +120,20 @@ def spare_lookups() -> None:
     registry.find_torch_dispatch_rule = lambda func, kind: None if kind is Recorder else search(func, kind)
 
 
+class _Thread(threading.local):
+    is_prepared = False
+
+
+_thread = _Thread()
+
+
+def prepare_thread() -> None:
+    """Have ``torch.tensor(..., device=...)`` made on the CPU and moved below the modes: there is no device to make it
+    on. Torch keeps that for each thread, and a checkpointed block runs again in the engine's."""
+    torch._C._set_only_lift_cpu_tensors(True)
+    _thread.is_prepared = True
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs above ``FakeTensorMode``: sees each operator that a CUDA kernel would serve.
 
@@ -179,6 +193,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return sum(self.trace.sizes[block] for block in before if block not in left)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _thread.is_prepared:
+            prepare_thread()
         if func is _DEVICE and isinstance(args[0], FakeTensor):  # the engine asks it of each gradient many times
             return args[0].fake_device
         kwargs = kwargs or {}

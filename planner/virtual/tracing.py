@@ -20,7 +20,7 @@ from planner.virtual import assumptions, attention, autocast, backend, composite
 from planner.virtual.architecture import Architecture
 from planner.virtual.indices import IndexOutOfRange
 from planner.virtual.kernels import Kernels
-from planner.virtual.recorder import Recorder, spare_lookups
+from planner.virtual.recorder import Recorder, prepare_thread, spare_lookups
 from planner.virtual.steady import grown_in_last_step, repeat_last_step, successors_of_last_step
 from planner.virtual.trace import Purpose, Trace
 
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 def prepare(architecture: Architecture) -> torch.device:
     """Install the virtual device in this process as a GPU of ``architecture``."""
     device = backend.install()
-    # torch.tensor(..., device=...) is to be made on the CPU and moved below the modes: there is no device to make it
-    # on.
-    torch._C._set_only_lift_cpu_tensors(True)
+    prepare_thread()
     autocast.install(_note_cast)
     attention.install(architecture)
     norms.install()
