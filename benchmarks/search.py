@@ -98,6 +98,8 @@ def main() -> None:
     for name, values in counts.items():
         if values:
             print(f"{_NAMES[name]}: {_summary(values)}, {len(values)} cases")
+    more = sum(ours > theirs for ours, theirs in zip(counts["without"], counts["bisection"], strict=True))
+    print(f"more trials than the bisection, without a prediction: {more} of {len(rows)} cases")
 
 
 _NAMES = {"with": "started from the prediction", "without": "without a prediction", "bisection": "bisection"}

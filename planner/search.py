@@ -3,7 +3,8 @@
 From a right start two trials settle it: the start fits and the next size does not. Around a wrong one the search steps
 outward, each step twice the last, until it has a bracket. Wherever two sizes that ran give a line through their
 allocated bytes, it goes to where that line meets the capacity; once there is a bracket, never at the price of more than
-two trials beyond what halving it would take. Without a start it begins at 1, or as told. Pure: it knows no GPU, no
+two trials beyond what halving it would take. Without a start it begins at 1, or as told, and takes a short step
+only where it can still end in as many trials as a bisection (1, 2, 4, ..., then halving). Pure: it knows no GPU, no
 clock and no store.
 """
 
@@ -17,7 +18,7 @@ from planner.trials import Outcome, Source, Trial
 
 LIMIT = 1 << 20
 """Where the search gives up to find an out of memory: no training loop has a larger batch."""
-_MAX_JUMP = 16
+_MAX_JUMP = 8
 """How many times the largest size that ran an extrapolation may reach: what a wrong one costs is log2 of it."""
 _SPARE = 2
 """Trials that guessing may cost beyond halving the bracket."""
@@ -206,7 +207,7 @@ class Search:
         if low == 0:
             return max(high - self._step(high), 1)
         if self._allowance is None:
-            self._allowance = _halvings(high - low) + _SPARE
+            self._allowance = _halvings(high - low) + self._spare(low, high)
         guess = self._aim(low, high)
         if guess is not None and 1 + _halvings(max(guess - low, high - guess)) <= self._allowance:
             return guess
@@ -222,9 +223,24 @@ class Search:
             return 2 * low
         if expected is not None and expected >= low + max(1, low // 10) and not just_started:
             self._num_steps = 0
-            return min(expected, (_MAX_JUMP if low > 2 else 2) * low)  # one and two samples say too little for a jump
-        step = low + self._step(low)
-        return step if expected is None or just_started else max(step, expected)
+            size = min(expected, (_MAX_JUMP if low > 2 else 2) * low)  # one and two samples say too little for a jump
+        else:
+            step = low + self._step(low)
+            size = step if expected is None or just_started else max(step, expected)
+        return size if self._predicted else self._as_soon_as_doubling(low, size)
+
+    def _as_soon_as_doubling(self, low: int, size: int) -> int:
+        """``size``, or the next power of two: short steps may not bring the search there later than doubling from 1
+        would, and leave enough to halve what is left."""
+        power = 1 << low.bit_length()
+        spare = _bisection(low) - len(self._trials) - 2
+        is_soon = len(self._trials) + 2 <= power.bit_length() and _halvings(max(power - size, 1)) <= spare
+        return size if size >= power or is_soon else power
+
+    def _spare(self, low: int, high: int) -> int:
+        """Trials that guessing may cost in this bracket; without a prediction none beyond a bisection's."""
+        left = _bisection(low) - len(self._trials) - _halvings(high - low)
+        return _SPARE if self._predicted else max(0, min(_SPARE, left))
 
     def _aim(self, low: int, high: int) -> int | None:
         """The most telling size in a bracket: where the answer is expected, or else a step inward from the end that
@@ -329,6 +345,11 @@ _MOST_NAMED = 8
 def _halvings(gap: int) -> int:
     """Trials that bisection needs to close a bracket that is ``gap`` wide."""
     return math.ceil(math.log2(gap))
+
+
+def _bisection(largest: int) -> int:
+    """Trials of 1, 2, 4, ... until one runs out of memory, then of halving that bracket."""
+    return 2 * int(math.log2(largest)) + 2
 
 
 def search_max_batch(

@@ -39,7 +39,7 @@ class Gpu:
     thrashes_from: int = 10**9
     """Steps of this size and above take twice the time, with retries in each."""
     leak_bytes: int = 0
-    fails: frozenset[int] = frozenset()
+    cannot_accumulate: frozenset[int] = frozenset()
     holes: frozenset[int] = frozenset()
     runs: list[tuple[int, int, bool]] = field(default_factory=list)
     """Batch size, accumulation steps, fresh."""
@@ -77,7 +77,7 @@ class Runner:
     def run(self, size, *, fresh=False):
         gpu, steps, measured = self.gpu, self.spec.train.accumulation_steps, self.gpu.source is MEASURED
         gpu.runs.append((size, steps, fresh))
-        if size in gpu.fails:
+        if size in gpu.cannot_accumulate and steps > 1:
             raise ModelError("no")
         needed = size * SAMPLE + (GIB if steps > 1 else 0)
         fits = needed <= self.capacity_bytes and size not in gpu.holes
@@ -310,7 +310,7 @@ def test_a_global_batch_size_that_no_micro_batch_reaches(target, multiple):
 
 
 def test_a_model_that_cannot_accumulate_keeps_its_answer():
-    gpu = Gpu(fails=frozenset({32}))
+    gpu = Gpu(cannot_accumulate=frozenset({32}))
     plan = plan_of(gpu, QUIET, target=512)
     answer = plan.details["accumulation"]
     assert (plan.max_batch_size, plan.certified, answer["micro_batch_size"]) == (64, True, None)

@@ -1,6 +1,10 @@
 """The search against thresholds: exact, economical, and never reporting a size that did not run."""
 
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from planner.search import LIMIT, Search, contradiction_note, contradictions, search_max_batch
 from planner.trials import Outcome, Peaks, Source, Trial
 
+ROOT = Path(__file__).parent.parent
 GIB = 1 << 30
 
 
@@ -78,6 +83,14 @@ def test_fresh_processes_cost_two_trials_more_at_most(threshold, peaks, base_sha
     check_sound(result, card)
     assert result.certified
     assert len(result.trials) <= bisection_trials(threshold) + 2
+
+
+def test_in_no_measured_case_it_takes_more_trials_than_a_bisection():
+    """Of some 400 largest batch sizes that an H200 had, with the peaks that it showed on the way."""
+    command = [sys.executable, "benchmarks/search.py"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    more, cases = re.search(r"without a prediction: (\d+) of (\d+) cases$", printed.strip()).groups()
+    assert (int(more), int(cases) > 400) == (0, True)
 
 
 @given(threshold=thresholds, noise=st.integers(0, 2**32), **shapes)
