@@ -36,7 +36,7 @@ from planner.specs.variants import Variant, variant_label
 DATA = Path("measurements/h200")
 TOTAL_BYTES = 150_109_880_320
 SMALL = 5
-MEASURED = ("peaks", "unseen-1", "unseen-2", "unseen-3", "unseen-4", "unseen-5", "unseen-6", "unseen-7", "unseen-8")
+MEASURED = ("peaks", *(f"unseen-{number}" for number in range(1, 10)))
 FIRST_SCALE = 65_536.0
 """A gradient scaler's factor before the first step."""
 TORCH_MEASURED = (2, 11)  # kernels are chosen as the torch of the measurements chose them
@@ -185,6 +185,9 @@ def skipping(numbers: Collection[int]) -> Iterator[None]:
 def foretold(case: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """``evaluate`` by what was written down before the measurement: no verdicts, and points without a limit alone."""
     (found,) = (item for item in predictions if item["case"] == case["case"] and item["variant"] == case["variant"])
+    label = variant_label(case["variant"])
+    if "error" in found:
+        return {"case": case["case"], "variant": label, "error": found["error"]}
     points = {point["batch_size"]: point for point in found["points"]}
     rows = [
         {
@@ -202,7 +205,6 @@ def foretold(case: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> dic
     bounds = [
         {"limit_bytes": limit, "measured": largest, "predicted": found["max"]} for limit, largest, _ in case["bounds"]
     ]
-    label = variant_label(case["variant"])
     return {"case": case["case"], "variant": label, "rows": rows, "bounds": bounds, "seconds": 0.0}
 
 
