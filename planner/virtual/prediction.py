@@ -106,9 +106,7 @@ def predict_trial(
         reply["allocated_after_step_bytes"] = allocated_after_steps(scaled)
         reply["in_cycles"] = scaled.trace.in_cycles
         without_update = needed_without_update(scaled, config, capacity_bytes, device_total_bytes)
-        reply["needed"] = _interval(
-            replays.needed_bytes, replays.spread, scaled, compute_capability, without_update_bytes=without_update
-        )
+        reply["needed"] = _interval(replays, scaled, compute_capability, without_update_bytes=without_update)
     if limited.oom is not None:
         reply["error"] = str(limited.oom.error)
     reply["num_events"], reply["num_replays"] = len(scaled.events), sum(each.number for each in used)
@@ -160,14 +158,9 @@ _SURPRISE = "traced size by size: memory events are not those that smaller batch
 
 
 def _interval(
-    needed: int,
-    spread: tuple[int, int],
-    scaled: Scaled,
-    compute_capability: tuple[int, int],
-    *,
-    without_update_bytes: int | None,
+    replays: Replays, scaled: Scaled, compute_capability: tuple[int, int], *, without_update_bytes: int | None
 ) -> dict[str, Any]:
-    """``spread``: bytes less and more that the step reserves where the driver places its segments elsewhere."""
+    needed, least = replays.needed_bytes, replays.least_bytes
     accuracy = MEASURED_ACCURACY if compute_capability == MEASURED_ARCHITECTURE else RULES_ONLY
     doubt = int(needed * accuracy.relative) + accuracy.absolute_bytes
     basis = accuracy.basis
@@ -175,11 +168,12 @@ def _interval(
         doubt += size
         why = "its workspace is chosen by cuDNN" if modelled else "its temporary memory is not modelled"
         basis += f"; {operator}: {format_bytes(size)} either side, {why}"
-    less, more = spread
+    if least < needed:
+        basis += f"; {format_bytes(least)} would suffice too, though not all between"
+    less, more = replays.spread
     if less or more:
         basis += f"; {format_bytes(less)} less and {format_bytes(more)} more by where the driver places segments"
-    least = needed
-    if without_update_bytes is not None and without_update_bytes < needed:
+    if without_update_bytes is not None and without_update_bytes < least:
         least = without_update_bytes
         basis += f"; down to {format_bytes(least)} while gradients overflow, so that no step updates the weights"
     low, high = max(0, least - doubt - less), needed + doubt + more

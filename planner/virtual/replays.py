@@ -46,9 +46,15 @@ class Replays:
         return limited if unmet else self._under(None)
 
     @property
-    def needed_bytes(self) -> int:
-        """The smallest capacity that suffices, by bisection, to 1/256 of what is needed."""
+    def least_bytes(self) -> int:
+        """The smallest capacity that suffices, by bisection, to 1/256 of what is needed. It may be less than the
+        capacity and this not suffice: cached blocks are given back elsewhere."""
         return list(self._narrowing())[-1]
+
+    @property
+    def needed_bytes(self) -> int:
+        """The same among those that are not less than the capacity, where this does not suffice."""
+        return [self.least_bytes, *self._narrowing_beyond()][-1]
 
     @property
     def spread(self) -> tuple[int, int]:
@@ -59,7 +65,7 @@ class Replays:
 
     def make_all(self, enough: Callable[[], bool] = lambda: False) -> None:
         """Make them now, up to the one after which there are ``enough``."""
-        for _ in chain(self._narrowing(), self._elsewhere()):
+        for _ in chain(self._narrowing(), self._narrowing_beyond(), self._elsewhere()):
             if enough():
                 break
 
@@ -71,7 +77,7 @@ class Replays:
             return
         fork = Fork.start(lambda _: {"reserved": [self._placed(index) for index in others]})
         fork.send({"do": "replay"})
-        list(self._narrowing())
+        list(chain(self._narrowing(), self._narrowing_beyond()))
         reserved = [self._placed(index) for index in own]
         start = time.perf_counter()
         reply = fork.receive()
@@ -86,6 +92,15 @@ class Replays:
         low, high = self.free.peak_allocated_bytes, self.free.peak_reserved_bytes
         if self.capacity_bytes is not None and self.limited.fits:  # though it may run out under some that are larger
             high = min(high, self.capacity_bytes)
+        yield from self._bisected(low, high)
+
+    def _narrowing_beyond(self) -> Iterator[int]:
+        """Likewise of those above the capacity, where one below was found to suffice and this does not."""
+        capacity, high = self.capacity_bytes, self.free.peak_reserved_bytes
+        if capacity is not None and not self.limited.fits and self.least_bytes <= capacity:
+            yield from self._bisected(capacity, max(high, capacity + 1))
+
+    def _bisected(self, low: int, high: int) -> Iterator[int]:
         yield high
         while high - low > max(2 * MIB, int(high * _NEEDED_PRECISION)):
             middle = (low + high) // 2
