@@ -3,9 +3,9 @@
 From a right start two trials settle it: the start fits and the next size does not. Around a wrong one the search steps
 outward, each step twice the last, until it has a bracket. Wherever two sizes that ran give a line through their
 allocated bytes, it goes to where that line meets the capacity; once there is a bracket, never at the price of more than
-two trials beyond what halving it would take. Without a start it begins at 1, or as told, and takes a short step
-only where it can still end in as many trials as a bisection (1, 2, 4, ..., then halving). Pure: it knows no GPU, no
-clock and no store.
+two trials beyond what halving it would take. Without a start it begins at 1, or as told; where it is not to look beyond
+the answer, since trials cost seconds, it takes a short step only where it can still end in as many trials as a
+bisection (1, 2, 4, ..., then halving). Pure: it knows no GPU, no clock and no store.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from planner.trials import Outcome, Source, Trial
 
 LIMIT = 1 << 20
 """Where the search gives up to find an out of memory: no training loop has a larger batch."""
-_MAX_JUMP = 8
+_MAX_JUMP, _MAX_THRIFTY_JUMP = 16, 8
 """How many times the largest size that ran an extrapolation may reach: what a wrong one costs is log2 of it."""
 _SPARE = 2
 """Trials that guessing may cost beyond halving the bracket."""
@@ -98,6 +98,8 @@ class Search:
         self.expect(suspects=suspects, bytes_per_sample=bytes_per_sample)
         self._look_beyond = look_beyond
         self._confirm_fresh = confirm_fresh
+        self._is_thrifty = start is None and not look_beyond
+        """Whether nothing is expected and trials are dear: it may not take more of them than a bisection."""
         self._capacity_bytes = capacity_bytes
         self._trials: list[Trial] = []
         self._evidence: dict[int, Trial] = {}
@@ -223,11 +225,12 @@ class Search:
             return 2 * low
         if expected is not None and expected >= low + max(1, low // 10) and not just_started:
             self._num_steps = 0
-            size = min(expected, (_MAX_JUMP if low > 2 else 2) * low)  # one and two samples say too little for a jump
+            reach = _MAX_THRIFTY_JUMP if self._is_thrifty else _MAX_JUMP
+            size = min(expected, (reach if low > 2 else 2) * low)  # one and two samples say too little for a jump
         else:
             step = low + self._step(low)
             size = step if expected is None or just_started else max(step, expected)
-        return size if self._predicted else self._as_soon_as_doubling(low, size)
+        return self._as_soon_as_doubling(low, size) if self._is_thrifty else size
 
     def _as_soon_as_doubling(self, low: int, size: int) -> int:
         """``size``, or the next power of two: short steps may not bring the search there later than doubling from 1
@@ -238,9 +241,9 @@ class Search:
         return size if size >= power or is_soon else power
 
     def _spare(self, low: int, high: int) -> int:
-        """Trials that guessing may cost in this bracket; without a prediction none beyond a bisection's."""
+        """Trials that guessing may cost in this bracket."""
         left = _bisection(low) - len(self._trials) - _halvings(high - low)
-        return _SPARE if self._predicted else max(0, min(_SPARE, left))
+        return max(0, min(_SPARE, left)) if self._is_thrifty else _SPARE
 
     def _aim(self, low: int, high: int) -> int | None:
         """The most telling size in a bracket: where the answer is expected, or else a step inward from the end that
