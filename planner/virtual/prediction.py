@@ -151,7 +151,7 @@ def needed_without_update(
         library_bytes={at: taken for at, taken in scaled.events.library_bytes.items() if at < index},
         driver_bytes={at: taken for at, taken in scaled.events.driver_bytes.items() if at < index},
     )
-    return Replays(first, config, capacity_bytes, device_total_bytes).needed_bytes
+    return Replays(first, config, capacity_bytes, device_total_bytes).least_bytes
 
 
 _SURPRISE = "traced size by size: memory events are not those that smaller batch sizes foretold"
